@@ -1,0 +1,39 @@
+# The chapters as a DAG: one papermill run a notebook, only what changed runs again.
+#
+#     snakemake --cores 2 -q host rules progress --keep-going --config profile=tissue
+#
+# `make book` calls it. Chapters load or make what they need, so none waits for
+# another. Later, seeds and ablations are further wildcards of the executed copy's
+# path ({profile}/{chapter}.seed{seed}.ipynb), given to the notebook with -p.
+
+import sys
+from pathlib import Path
+
+PROFILE = config.get("profile", "demo")
+CHAPTERS = [path.stem for path in sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))]
+
+
+def profile_file(wildcards):
+    """The chapter's parameters in this profile; demo chapters have none."""
+    return sorted(Path("profiles", wildcards.profile).glob(f"{wildcards.chapter}.yaml"))
+
+
+rule all:
+    input:
+        expand("_build/executed/{profile}/{chapter}.ipynb", profile=PROFILE, chapter=CHAPTERS),
+
+
+rule chapter:
+    input:
+        "tools/run_notebook.py",
+        profile_file,
+        notebook="notebooks/{chapter}.ipynb",
+        package=sorted(Path("histo_utils").rglob("*.py")),
+    output:
+        "_build/executed/{profile}/{chapter}.ipynb",
+    wildcard_constraints:
+        chapter=r"\d\d_[^/.]+",
+    params:
+        python=sys.executable,
+    shell:
+        "{params.python:q} {input[0]} {wildcards.chapter} --profile {wildcards.profile} --out {output}"

@@ -1,0 +1,209 @@
+"""Show executed notebooks and committed results in the book.
+
+papermill runs the chapters and Sphinx only renders, so this extension puts the
+outputs of ``_build/executed/<profile>/<chapter>.ipynb`` into the page of
+``notebooks/<chapter>.ipynb`` while Sphinx reads it. Labels, links, the Colab button
+and the download stay those of the source. A copy that is missing, failed or stale is
+a warning, hence an error under ``-W``.
+
+It also makes ``results/tissue/<chapter>.json`` available to the prose of every page:
+``{{ "{:.2f}".format(r.ch02.table.dice) }}``.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from sphinx.util import logging
+
+logger = logging.getLogger(__name__)
+
+# Fetched from Google by every reader's browser; the book shows a picture of its own.
+COLAB_BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
+LOCAL_BADGE = "/book/_static/colab-badge.svg"
+
+
+class UnusableCopy(Exception):
+    """Why an executed copy cannot be shown."""
+
+
+class NotRun:
+    """What a chapter without results gives: false, and "not run" in any format."""
+
+    def __getattr__(self, name):
+        """Be every value of the chapter (but no special method of Python's)."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __getitem__(self, key):
+        return self
+
+    def __bool__(self):
+        return False
+
+    def __str__(self):
+        return "not run"
+
+    def __format__(self, spec):
+        return "not run"
+
+
+class Results(dict):
+    """Results by chapter; a chapter that has none yet is `NotRun`.
+
+    Only names like ``ch05`` are forgiven. A misspelt chapter or value stays an error.
+    """
+
+    def __missing__(self, key):
+        if re.fullmatch(r"ch\d\d", key):
+            return NotRun()
+        raise KeyError(key)
+
+
+def results_key(stem):
+    """Name a results file in Jinja: 02_mosaic_extraction -> ch02."""
+    number = re.match(r"(\d\d)_", stem)
+    return f"ch{number[1]}" if number else re.sub(r"\W", "_", stem)
+
+
+def read_results(folder):
+    """Read every results file of a folder."""
+    paths = sorted(Path(folder).glob("*.json"))
+    return Results(
+        (results_key(p.stem), json.loads(p.read_text("utf8"))) for p in paths
+    )
+
+
+def add_results(app, config):
+    """Offer the results as the substitution ``r``; changed ones rebuild the pages."""
+    results = read_results(Path(app.srcdir) / "results" / "tissue")
+    config.myst_substitutions = {**config.myst_substitutions, "r": results}
+
+
+def source_text(cell):
+    """Return a cell's source, which may be stored as one text or as lines."""
+    return "".join(cell["source"])
+
+
+def code_cells(notebook):
+    """List the code cells, without the one papermill puts in."""
+    return [
+        cell
+        for cell in notebook["cells"]
+        if cell["cell_type"] == "code" and not is_injected(cell)
+    ]
+
+
+def is_injected(cell):
+    """Tell whether papermill wrote this cell."""
+    return "injected-parameters" in cell["metadata"].get("tags", [])
+
+
+def read_copy(path, notebook):
+    """Return the executed copy of a notebook, or say why it cannot be shown."""
+    failed = path.with_suffix(".failed.ipynb")
+    if failed.exists():
+        raise UnusableCopy(f"its last run failed, see {failed}")
+    if not path.exists():
+        raise UnusableCopy(f"it was not run: there is no {path}")
+    copy = json.loads(path.read_text("utf8"))
+    if copy["metadata"].get("papermill", {}).get("exception"):
+        raise UnusableCopy(f"its run failed, see {path}")
+    sources = [[source_text(c) for c in code_cells(nb)] for nb in (notebook, copy)]
+    if sources[0] != sources[1]:
+        raise UnusableCopy(f"its code changed since the run that left {path}")
+    return copy
+
+
+def with_outputs(notebook, copy):
+    """Put a copy's outputs into the source, whose prose and captions are newer."""
+    ran = iter(code_cells(copy))
+    injected = [c for c in copy["cells"] if is_injected(c)]
+    cells = []
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            done = next(ran)
+            keep = {k: done[k] for k in ("outputs", "execution_count")}
+            cell = {**cell, **keep}
+        cells.append(cell)
+        if "parameters" in cell["metadata"].get("tags", []):
+            cells += injected
+    metadata = {**notebook["metadata"], **copy["metadata"]}
+    return {**notebook, "cells": cells, "metadata": metadata}
+
+
+def facts(metadata, profile):
+    """Say in one sentence which run a page shows."""
+    run, timing = metadata.get("histo", {}), metadata.get("papermill", {})
+    date = run.get("date") or timing.get("start_time") or "unknown date"
+    commit = f"`{run.get('commit', 'unknown')[:10]}`"
+    changed = " with uncommitted changes" if run.get("dirty") else ""
+    seconds = timing.get("duration")
+    took = f" in {seconds:.0f} s" if seconds else ""
+    when = f"{date[:16].replace('T', ' ')} UTC{took}"
+    return f"Profile `{profile}`, run {when}, commit {commit}{changed}."
+
+
+def status(metadata, profile):
+    """Write the box that stands below the title."""
+    profile = metadata.get("histo", {}).get("profile", profile)
+    if profile == "demo":
+        title, look = "Demo edition: synthetic data", "caution edition"
+        kind = (
+            "Every slide here is a **synthetic** phantom: "
+            "the page shows that the code runs, and nothing on it is evidence."
+        )
+    else:
+        title = f"{profile.capitalize()} edition: real tissue"
+        kind, look = "", "edition edition-tissue"
+    text = f"{kind}\n{facts(metadata, profile)}".strip()
+    return f"\n:::{{admonition}} {title}\n:class: {look}\n{text}\n:::\n"
+
+
+def add_status(notebook, profile):
+    """Put the status box right below the title."""
+    box = status(notebook["metadata"], profile)
+    for cell in notebook["cells"]:
+        text = source_text(cell)
+        title = re.search(r"^# .*$", text, re.MULTILINE)
+        if cell["cell_type"] == "markdown" and title:
+            cell["source"] = text[: title.end()] + "\n" + box + text[title.end() :]
+            return notebook
+    raise UnusableCopy("it has no title (`# ...`) to put its status below")
+
+
+def executed(app, docname, text):
+    """Return the text of a notebook page: the source with its executed outputs."""
+    profile = app.config.histo_profile
+    path = Path("_build/executed") / profile / f"{Path(docname).name}.ipynb"
+    for dependency in (path, path.with_suffix(".failed.ipynb")):
+        app.env.note_dependency(str(Path(app.srcdir) / dependency))
+    notebook = json.loads(text)
+    try:
+        copy = read_copy(Path(app.srcdir) / path, notebook)
+        return json.dumps(add_status(with_outputs(notebook, copy), profile))
+    except UnusableCopy as why:
+        logger.warning(
+            "cannot show this chapter: %s (mend with: make book PROFILE=%s)",
+            str(why).replace(f"{app.srcdir}/", ""),
+            profile,
+            location=docname,
+        )
+        return text
+
+
+def on_source_read(app, docname, source):
+    """Swap the text of a page while Sphinx reads it."""
+    source[0] = source[0].replace(COLAB_BADGE, LOCAL_BADGE)
+    if app.env.doc2path(docname).endswith(".ipynb"):
+        source[0] = executed(app, docname, source[0])
+
+
+def setup(app):
+    """Register with Sphinx."""
+    app.add_config_value("histo_profile", os.environ.get("PROFILE", "demo"), "env")
+    app.connect("config-inited", add_results)
+    app.connect("source-read", on_source_read)
+    return {"version": "1", "parallel_read_safe": True}

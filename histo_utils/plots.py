@@ -1,0 +1,179 @@
+"""Pictures: tissue with a scale bar, contact sheets, patches on a slide.
+
+One class has one colour through the whole book (`colour_of`), chosen to be told apart
+with colour-blind eyes and on a light and a dark page.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.collections import PatchCollection
+from matplotlib.font_manager import FontProperties
+from matplotlib.patches import Rectangle
+from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
+
+# Paul Tol's muted set, and two greys-with-hue for what it lacks.
+PALETTE = (
+    "#332288", "#CC6677", "#117733", "#DDCC77", "#88CCEE",
+    "#882255", "#44AA99", "#999933", "#AA4499", "#6F6F6F",
+)  # fmt: skip
+CLASSES = (
+    ("bladder", "brain", "breast", "colon", "kidney", "liver", "lung", "prostate",
+     "stomach"),
+    ("fibrous", "glandular", "lymphoid", "papillary"),
+    ("lung_aca", "lung_n", "lung_scc"),
+    ("FFPE", "frozen"),
+    ("train", "validation", "test"),
+)  # fmt: skip
+LENGTHS = (5, 10, 20, 25, 50, 100, 200, 250, 500, 1000, 2000, 5000, 10_000)  # µm
+
+
+def style():
+    """Set the book's figure style; called by each chapter's setup cell."""
+    plt.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "savefig.bbox": "tight",
+            "figure.constrained_layout.use": True,
+            "font.size": 10,
+            "axes.titlesize": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+        }
+    )
+
+
+def colour_of(label):
+    """Return the colour of a class, the same in every chapter.
+
+    Names that the book does not know get one by their spelling, so that it does not
+    depend on what else is in the figure.
+
+    Examples
+    --------
+    >>> colour_of("breast") == colour_of("breast") != colour_of("colon")
+    True
+    """
+    for names in CLASSES:
+        if label in names:
+            return PALETTE[names.index(label)]
+    return PALETTE[zlib.crc32(str(label).encode()) % len(PALETTE)]
+
+
+def show_tissue(ax, image, mpp=None, title=None):
+    """Show an image (h, w, 3) without ticks; with a scale bar if ``mpp`` is known."""
+    ax.imshow(image, interpolation="nearest" if image.shape[0] < 100 else "antialiased")
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    if title:
+        ax.set_title(title)
+    if mpp:
+        scale_bar(ax, image.shape[1], mpp)
+    return ax
+
+
+def scale_bar(ax, width, mpp):
+    """Draw a scale bar on an image ``width`` px wide at ``mpp`` µm per pixel.
+
+    Its length is the longest round number below a third of the width.
+    """
+    fitting = [um for um in LENGTHS if um <= width * mpp / 3] or [LENGTHS[0]]
+    um = fitting[-1]
+    text = f"{um} µm" if um < 1000 else f"{um // 1000} mm"
+    bar = AnchoredSizeBar(
+        ax.transData, um / mpp, text, "lower right", pad=0.25, borderpad=0.3, sep=2,
+        color="black", size_vertical=max(1.0, width / 150),
+        fontproperties=FontProperties(size=8),
+    )  # fmt: skip
+    bar.patch.set(facecolor="white", edgecolor="none", alpha=0.8)
+    ax.add_artist(bar)
+
+
+def contact_sheet(images, mpp=None, titles=None, colours=None, columns=8, inch=1.15):
+    """Show images of one size in rows.
+
+    Parameters
+    ----------
+    images : sequence of numpy.ndarray
+        uint8 (h, w, 3).
+    mpp : float, optional
+        µm per pixel; the first image gets the scale bar, which holds for all.
+    titles, colours : sequence of str, optional
+        Text above each image, and the colour of its frame.
+    columns : int
+    inch : float
+        Width of one image.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    titles = None if titles is None else list(titles)
+    colours = None if colours is None else list(colours)
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    height = inch * (1.0 + (0.2 if titles is not None else 0))
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(columns * inch, rows * height), squeeze=False
+    )
+    for i, ax in enumerate(axes.flat):
+        if i >= len(images):
+            ax.set_axis_off()
+            continue
+        show_tissue(ax, images[i], mpp if i == 0 else None)
+        if titles is not None:
+            ax.set_title(titles[i], fontsize=7, pad=2)
+        if colours is not None:
+            ax.spines[:].set(visible=True, color=colours[i], linewidth=2.5)
+    return figure
+
+
+def outline_patches(ax, patches, slide, mpp, colours="black", fill=0.0, line=1.0):
+    """Draw patches as squares on a thumbnail of their slide.
+
+    Parameters
+    ----------
+    ax : matplotlib.axes.Axes
+        Showing ``slide.thumbnail(mpp)``.
+    patches : pandas.DataFrame
+        ``x``, ``y`` (level-0 pixels), ``size``, ``mpp``.
+    slide : histo_utils.slides.Slide
+    mpp : float
+        µm per pixel of the thumbnail.
+    colours : str or sequence of str
+        One colour, or one a patch.
+    fill : float
+        Opacity of the inside, 0–1.
+    line : float
+        Width of the outline in points.
+    """
+    scale = slide.mpp / mpp
+    squares = [
+        Rectangle(
+            (r.x * scale, r.y * scale), r.size * r.mpp / mpp, r.size * r.mpp / mpp
+        )
+        for r in patches.itertuples(index=False)
+    ]
+    if fill:
+        faces = PatchCollection(
+            squares, facecolor=colours, alpha=fill, edgecolor="none"
+        )
+        ax.add_collection(faces)
+    edges = PatchCollection(
+        squares, facecolor="none", edgecolor=colours, linewidth=line
+    )
+    ax.add_collection(edges)
+
+
+def mask_outline(ax, mask, width, height, colour="black", line=1.2):
+    """Draw the border of a bool mask over an image of ``width`` × ``height`` px."""
+    rows, columns = mask.shape
+    ax.contour(
+        (np.arange(columns) + 0.5) * width / columns - 0.5,
+        (np.arange(rows) + 0.5) * height / rows - 0.5,
+        mask, levels=[0.5], colors=[colour], linewidths=line,
+    )  # fmt: skip

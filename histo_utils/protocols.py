@@ -1,0 +1,379 @@
+"""Protocols: who searches among whom. Embeddings in, outcomes out.
+
+Outcomes are a DataFrame with one row a query, and every metric takes them:
+
+=================== ==========================================================
+``query``           row of the query in its Embeddings (a slide's place in
+                    `slide_search`)
+``label``           its label
+``predicted``       label of the nearest neighbour; the vote of the k nearest
+                    in `slide_search`; the classifier's answer in `linear_probe`
+``patient, slide``  of the query (None where the table does not know)
+``neighbours``      (k,) gallery rows, nearest first; None for classifiers
+``neighbour_labels``  their labels; None for classifiers
+``distances``       their distances; None for classifiers
+``relevant``        how many gallery items that the query may find share its
+                    label (the R of MAP@R); None for classifiers
+=================== ==========================================================
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
+
+from histo_utils.embeddings import standardise
+from histo_utils.search import Archive, Exclusion, median_of_min_matrix, minmax_barcode
+
+C_VALUES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+def leave_one_out(
+    embeddings, k=10, exclude="self", standardised=False, **archive
+) -> pd.DataFrame:
+    """Let every patch search among the others.
+
+    Parameters
+    ----------
+    embeddings : Embeddings
+    k : int
+        Neighbours kept for each query.
+    exclude : {"self", "touching", "slide", "patient"}
+        What a query may not find (`search.Archive.search`).
+    standardised : bool
+        Scale each dimension by the gallery's mean and deviation first; image
+        statistics need it (with ``metric="euclidean"``).
+    **archive
+        Options of `search.Archive`: ``index``, ``metric``, ``rerank``.
+
+    Raises
+    ------
+    ValueError
+        As the search does; and for a class in which some query is alone, since
+        nothing that it may find would be right.
+    """
+    if exclude is None:
+        raise ValueError(
+            "exclude=None would let every patch find itself; expected 'self', "
+            "'touching', 'slide' or 'patient'"
+        )
+    space = standardise(embeddings) if standardised else embeddings
+    return _retrieve(space, space, k, exclude, archive)
+
+
+def leave_one_patient_out(embeddings, k=10, standardised=False, **archive):
+    """Let every patch search among the patches of the other patients.
+
+    Parameters and errors are those of `leave_one_out`.
+    """
+    return leave_one_out(embeddings, k, "patient", standardised, **archive)
+
+
+def train_gallery(
+    queries, gallery, k=10, exclude=None, allow_shared_patients=False,
+    standardised=False, **archive,
+) -> pd.DataFrame:  # fmt: skip
+    """Let test patches search in the training patches.
+
+    Parameters
+    ----------
+    queries, gallery : Embeddings
+    k, standardised, **archive
+        As in `leave_one_out`; the scale is that of the gallery alone.
+    exclude : None, "self", "touching", "slide" or "patient"
+        What a query may not find besides.
+    allow_shared_patients : bool
+        Where the class *is* the scan (Path24, scan recognition on MoNuSeg), test and
+        training patches share patients by design: say so here.
+
+    Raises
+    ------
+    ValueError
+        A patient in both without ``allow_shared_patients``; a query whose class is
+        not in the gallery; and as the search does.
+    """
+    if not allow_shared_patients:
+        _check_disjoint(queries.table, gallery.table)
+    if standardised:
+        gallery, queries = standardise(gallery, queries)
+    return _retrieve(queries, gallery, k, exclude, archive)
+
+
+def patient_folds(
+    embeddings, k=10, fold="fold", standardised=False, **archive
+) -> pd.DataFrame:
+    """Let each fold search in the other folds; one outcome a patch, over all folds.
+
+    Parameters are those of `leave_one_out`; ``fold`` names the column. Ids are rows of
+    ``embeddings``. The scale, where asked for, is that of each fold's gallery.
+
+    Raises
+    ------
+    ValueError
+        A patient in two folds, fewer than two folds; and as `train_gallery` does.
+    """
+    table = embeddings.table
+    _check_columns(table, [fold, "patient"])
+    several = table.groupby("patient")[fold].nunique()
+    if (several > 1).any():
+        raise ValueError(
+            f"patient {_first(several.index[several > 1])} is in {several.max()} "
+            f"values of {fold!r} ({int((several > 1).sum())} such patients); every "
+            "patient belongs to one: assign folds by patient"
+        )
+    if table[fold].nunique() < 2 or table[fold].isna().any():
+        raise ValueError(
+            f"column {fold!r} has {table[fold].nunique()} values and "
+            f"{int(table[fold].isna().sum())} gaps; expected two folds or more, no gap"
+        )
+    parts = []
+    for value in sorted(table[fold].unique()):
+        inside = (table[fold] == value).to_numpy()
+        rows, others = np.flatnonzero(inside), np.flatnonzero(~inside)
+        part = train_gallery(
+            embeddings.take(rows), embeddings.take(others), k,
+            standardised=standardised, **archive,
+        )  # fmt: skip
+        part["query"] = rows
+        part["neighbours"] = list(others[np.stack(part["neighbours"])])
+        parts.append(part)
+    return pd.concat(parts).sort_values("query", ignore_index=True)
+
+
+def linear_probe(
+    train, test, c_values=C_VALUES, groups="patient", allow_shared_patients=False,
+    n_splits=5, seed=0,
+) -> pd.DataFrame:  # fmt: skip
+    """Classify test patches by a linear SVM on standardised training vectors.
+
+    The constant C is chosen by cross-validation inside ``train`` only, groups kept
+    whole; the smallest of equally good ones. Scale and SVM are then fitted on all of
+    ``train``. The choice stands in ``outcomes.attrs["c"]``.
+
+    Parameters
+    ----------
+    train, test : Embeddings
+    c_values : sequence of float
+    groups : str or (n,) array
+        What may not be divided in the inner validation: a column of the training
+        table, or one value a row. Where the class is the scan, patients cannot be held
+        out; give places instead (rows or quarters of the scan).
+    allow_shared_patients : bool
+        As in `train_gallery`.
+    n_splits : int
+        Inner folds, fewer where there are fewer groups.
+    seed : int
+        Of the inner folds and of the solver.
+
+    Raises
+    ------
+    ValueError
+        A patient in both parts, fewer than two groups or classes, groups that hold
+        whole classes, or a test class that was not trained on.
+    """
+    if not allow_shared_patients:
+        _check_disjoint(test.table, train.table)
+    _check_columns(train.table, ["label"] + ([groups] if _is_name(groups) else []))
+    _check_columns(test.table, ["label"])
+    y = train.table["label"].to_numpy()
+    group = train.table[groups].to_numpy() if _is_name(groups) else np.asarray(groups)
+    c_values = sorted(c_values)
+    if len(group) != len(y) or not c_values:
+        raise ValueError(
+            f"{len(group)} groups for {len(y)} training patches and {len(c_values)} "
+            "values of C; expected one group a patch and at least one C"
+        )
+    spread = pd.Series(group).groupby(y).nunique()
+    if len(spread) < 2 or len(np.unique(group)) < 2 or spread.max() < 2:
+        raise ValueError(
+            f"{len(spread)} classes in {len(np.unique(group))} groups, the widest "
+            f"class in {spread.max()}; choosing C needs two classes, and classes that "
+            "occur in two groups: give other groups="
+        )
+    unknown = set(test.table["label"]) - set(y)
+    if unknown:
+        raise ValueError(
+            f"test class {_first(unknown)} is not in the training set "
+            f"({len(unknown)} such); leave it out or train on it"
+        )
+    n_splits = min(n_splits, len(np.unique(group)), pd.Series(y).value_counts().max())
+    folds = StratifiedGroupKFold(n_splits, shuffle=True, random_state=seed)
+    right = np.zeros(len(c_values))
+    for fit, held in folds.split(train.vectors, y, group):
+        if len(np.unique(y[fit])) < 2 or len(held) == 0:
+            continue  # nothing to learn from one class, or to ask of no patch
+        for i, c in enumerate(c_values if len(c_values) > 1 else ()):
+            machine = _svm(c, seed).fit(train.vectors[fit], y[fit])
+            right[i] += (machine.predict(train.vectors[held]) == y[held]).sum()
+    best = c_values[int(right.argmax())]
+    predicted = _svm(best, seed).fit(train.vectors, y).predict(test.vectors)
+    outcomes = _outcomes(test.table, predicted)
+    outcomes.attrs["c"] = best
+    return outcomes
+
+
+def slide_bags(embeddings, barcode=False):
+    """Gather patches into slides, for `slide_search`.
+
+    Parameters
+    ----------
+    embeddings : Embeddings
+        With the columns ``slide`` and ``label``; ``patient`` where known.
+    barcode : bool
+        Turn vectors into `search.minmax_barcode` bits.
+
+    Returns
+    -------
+    bags : list of (n_i, d) arrays
+        Slides in the order in which they are met.
+    table : DataFrame
+        One row a slide: ``slide``, ``label``, ``patient``.
+
+    Raises
+    ------
+    ValueError
+        A slide with two labels or two patients.
+    """
+    table = embeddings.table
+    _check_columns(table, ["slide", "label"])
+    columns = [c for c in ("slide", "label", "patient") if c in table]
+    for column in columns[1:]:
+        several = table.groupby("slide")[column].nunique(dropna=False)
+        if (several > 1).any():
+            raise ValueError(
+                f"slide {_first(several.index[several > 1])} has {several.max()} "
+                f"values of {column!r}; expected one: correct the table"
+            )
+    features = minmax_barcode(embeddings.vectors) if barcode else embeddings.vectors
+    groups = table.groupby("slide", sort=False).indices
+    slides = table.drop_duplicates("slide")[columns].reset_index(drop=True)
+    return [features[groups[slide]] for slide in slides["slide"]], slides
+
+
+def slide_search(bags, table, k=3, exclude="patient", metric=None) -> pd.DataFrame:
+    """Let every slide search among the others by the median of minimum distances.
+
+    ``predicted`` is the majority of the k nearest slides; of equally frequent labels
+    the one met first in distance order (Yottixel's rule). Equal distances: the slide
+    that comes first in the table.
+
+    Parameters
+    ----------
+    bags : list of (n_i, d) arrays
+        Bits or float features of each slide's patches (`slide_bags`).
+    table : DataFrame
+        One row a slide: ``slide``, ``label``; ``patient`` to exclude by patient.
+    k : int
+    exclude : {"slide", "patient"}
+        Yottixel leaves out the query slide only; a patient's other slides are no
+        independent find.
+    metric : see `search.median_of_min`
+
+    Raises
+    ------
+    ValueError
+        As `leave_one_out`; slides and rows of different number.
+    """
+    if exclude not in ("slide", "patient") or len(bags) != len(table):
+        raise ValueError(
+            f"exclude={exclude!r} for {len(bags)} slides and a table of {len(table)}; "
+            "expected 'slide' or 'patient', and one row a slide"
+        )
+    table = table.reset_index(drop=True)
+    banned = Exclusion(table, table, exclude)
+    banned.check(k)
+    relevant = _relevant(banned, table)
+    distances = median_of_min_matrix(bags, metric)
+    rows = np.arange(len(bags))
+    distances[banned.forbids(rows[:, None], rows)] = np.inf
+    ids = np.argsort(distances, axis=1, kind="stable")[:, :k]
+    labels = table["label"].to_numpy()[ids]
+    votes = [Counter(row.tolist()).most_common(1)[0][0] for row in labels]
+    near = np.take_along_axis(distances, ids, axis=1)
+    return _outcomes(table, votes, ids, labels, near, relevant)
+
+
+def _retrieve(queries, gallery, k, exclude, archive):
+    _check_columns(queries.table, ["label"])
+    _check_columns(gallery.table, ["label"])
+    banned = Exclusion(gallery.table, queries.table, exclude)
+    banned.check(k)
+    relevant = _relevant(banned, queries.table)
+    ids, distances = Archive(gallery, **archive).search(queries, k, exclude)
+    labels = gallery.table["label"].to_numpy()[ids]
+    return _outcomes(queries.table, labels[:, 0], ids, labels, distances, relevant)
+
+
+def _relevant(banned, queries):
+    relevant = banned.relevant()
+    if (relevant == 0).any():
+        query = int((relevant == 0).argmax())
+        raise ValueError(
+            f"class {str(queries['label'].iloc[query])!r}: query {query} is alone in "
+            f"it, nothing of its class is left under exclude={banned.name!r}; leave "
+            "such classes out, or exclude less"
+        )
+    return relevant
+
+
+def _outcomes(
+    table, predicted, ids=None, labels=None, distances=None, relevant=None
+) -> pd.DataFrame:
+    def known(name):
+        return table[name].to_numpy() if name in table else None
+
+    found = {"neighbours": ids, "neighbour_labels": labels, "distances": distances}
+    columns = {
+        "query": np.arange(len(table)),
+        "label": table["label"].to_numpy(),
+        "predicted": predicted,
+        "patient": known("patient"),
+        "slide": known("slide"),
+        **{name: None if rows is None else list(rows) for name, rows in found.items()},
+        "relevant": relevant,
+    }
+    return pd.DataFrame(columns, index=range(len(table)))
+
+
+def _check_disjoint(queries, gallery):
+    for table in (queries, gallery):
+        _check_columns(table, ["patient"], " (or allow_shared_patients=True)")
+    shared = set(queries["patient"]) & set(gallery["patient"])
+    if shared:
+        raise ValueError(
+            f"patient {_first(shared)} is in both queries and gallery "
+            f"({len(shared)} such patients); split by patient, or say "
+            "allow_shared_patients=True where the task shares them by design"
+        )
+
+
+def _check_columns(table, names, otherwise=""):
+    for name in names:
+        if name not in table:
+            raise ValueError(
+                f"the table has no column {name!r}; it has "
+                f"{', '.join(map(str, table.columns))}: add it{otherwise}"
+            )
+        if table[name].isna().any():
+            row = int(table[name].isna().to_numpy().argmax())
+            raise ValueError(f"row {row} has no {name}; fill it in or drop the row")
+
+
+def _first(values):
+    return repr(min(map(str, values)))
+
+
+def _is_name(groups):
+    return isinstance(groups, str)
+
+
+def _svm(c, seed):
+    return make_pipeline(
+        StandardScaler(), LinearSVC(C=c, random_state=seed, max_iter=10_000)
+    )

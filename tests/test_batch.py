@@ -1,0 +1,123 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from histo_utils.batch import run_batch
+
+
+def work(job, out):
+    """What the tests let run_batch do; found by other processes in this module."""
+    if job["do"] == "raise":
+        raise ValueError("bad slide")
+    if job["do"] == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if job["do"] == "warn":
+        warnings.warn("take care", stacklevel=1)
+    if job["do"] == "slow":
+        time.sleep(0.4)
+    with (out / "calls.txt").open("a") as calls:
+        calls.write(job["name"] + "\n")
+    return {"squared": job["value"] ** 2}
+
+
+def jobs(*kinds):
+    return [
+        {"name": f"s{i}", "image": "none", "do": kind, "value": i}
+        for i, kind in enumerate(kinds)
+    ]
+
+
+def test_one_bad_slide_never_stops_the_others(tmp_path):
+    lines = run_batch(work, jobs("", "raise", "warn", ""), tmp_path, progress=False)
+    assert [line["status"] for line in lines] == ["done", "failed", "done", "done"]
+    assert [line.get("squared") for line in lines] == [0, None, 4, 9]
+    assert lines[1]["message"] == "ValueError: bad slide"
+    assert lines[2]["message"] == "take care"
+    assert all(line["seconds"] >= 0 and line["peak_mb"] > 10 for line in lines)
+
+
+def test_a_worker_that_dies_costs_one_slide(tmp_path):
+    lines = run_batch(work, jobs("", "die", "", ""), tmp_path, progress=False)
+    assert [line["status"] for line in lines] == ["done", "failed", "done", "done"]
+    assert "died" in lines[1]["message"]
+
+
+def test_finished_work_is_not_repeated_and_failed_work_is(tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        first = jobs("", "raise", "")
+        run_batch(work, first, tmp_path, pool, progress=False)
+        mended = [first[0], {**first[1], "do": ""}, first[2]]
+        lines = run_batch(work, mended, tmp_path, pool, progress=False)
+        assert [line["resumed"] for line in lines] == [True, False, True]
+        assert [line["squared"] for line in lines] == [0, 1, 4]
+        changed = [mended[0], mended[1], {**mended[2], "value": 5}]
+        lines = run_batch(work, changed, tmp_path, pool, progress=False)
+    assert [line["resumed"] for line in lines] == [True, True, False]
+    calls = (tmp_path / "calls.txt").read_text().split()
+    assert calls == ["s0", "s2", "s1", "s2"]
+
+
+def test_a_half_written_line_is_work_to_do(tmp_path):
+    (tmp_path / "s0.json").write_text('{"name": "s0", "status": "do')
+    with ThreadPoolExecutor(1) as pool:
+        (line,) = run_batch(work, jobs(""), tmp_path, pool, progress=False)
+    assert (line["status"], line["resumed"]) == ("done", False)
+    assert json.loads((tmp_path / "s0.json").read_text())["status"] == "done"
+
+
+def test_a_changed_slide_is_worked_on_again(tmp_path):
+    image = tmp_path / "slide.tif"
+    image.write_text("1")
+    job = [{"name": "s", "image": str(image), "do": "", "value": 1}]
+    out = tmp_path / "out"
+    with ThreadPoolExecutor(1) as pool:
+        run_batch(work, job, out, pool, progress=False)
+        assert run_batch(work, job, out, pool, progress=False)[0]["resumed"]
+        image.write_text("another slide")
+        assert not run_batch(work, job, out, pool, progress=False)[0]["resumed"]
+
+
+def test_killed_in_the_middle_it_goes_on(tmp_path):
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from test_batch import *\n"
+        "if __name__ == '__main__':\n"
+        "    with ThreadPoolExecutor(1) as pool:\n"
+        "        run_batch(work, jobs(*['slow'] * 6), Path(sys.argv[2]), pool)\n"
+    )
+    (tmp_path / "run.py").write_text(script)
+    out = tmp_path / "out"
+    here = str(Path(__file__).parent)
+    command = [sys.executable, str(tmp_path / "run.py"), here, str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (out / "s1.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    finished = len(list(out.glob("s?.json")))
+    assert 2 <= finished < 6
+    with ThreadPoolExecutor(1) as pool:
+        lines = run_batch(work, jobs(*["slow"] * 6), out, pool, progress=False)
+    assert sum(line["resumed"] for line in lines) == finished
+    assert [line["squared"] for line in lines] == [i**2 for i in range(6)]
+
+
+@pytest.mark.slow
+def test_a_dask_cluster_is_an_executor_like_another(tmp_path):
+    distributed = pytest.importorskip(
+        "distributed", reason="needs the extra: pip install histo_utils[cluster]"
+    )
+    with distributed.Client(processes=False, n_workers=1, dashboard_address=None) as c:
+        lines = run_batch(
+            work, jobs("", "raise", ""), tmp_path, c.get_executor(), progress=False
+        )
+    assert [line["status"] for line in lines] == ["done", "failed", "done"]

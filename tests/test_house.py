@@ -1,0 +1,159 @@
+"""The house keeps its own rules: import floors, pins, sizes, one version."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))["project"]
+
+# Who may import whom of the package; files of one floor do not import each other.
+FLOORS = [
+    {
+        *("provenance", "phantom", "slides", "embeddings"),
+        *("networks", "losses", "metrics", "plots"),
+        # split off from the design's catalog, mosaic and search, to stay readable
+        *("datasets", "batch", "cellularity", "barcodes", "exclusion"),
+    },
+    {"patches", "mosaic", "search"},
+    {"catalog", "loaders", "protocols"},
+    {"training", "encoders", "baselines"},
+]
+MAY_IMPORT_TORCH = {"networks", "losses", "loaders", "encoders", "training"}
+MODULES = sorted((ROOT / "histo_utils").glob("*.py"))
+each_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+
+
+def imports(path):
+    """Dotted names that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text("utf8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "histo_utils" if node.level else ""
+            module = ".".join(filter(None, [base, node.module]))
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def floor(module):
+    found = [i for i, names in enumerate(FLOORS) if module in names]
+    assert found, f"{module} stands on no floor: add it to FLOORS and to the design"
+    return found[0]
+
+
+def tracked_files():
+    listing = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listing.returncode or not listing.stdout:
+        pytest.skip("not a git checkout: clone the repository to run this")
+    paths = [ROOT / name for name in listing.stdout.split("\0") if name]
+    return [path for path in paths if path.is_file()]
+
+
+@each_module
+def test_imports_only_go_down(path):
+    if path.stem == "__init__":
+        assert not [n for n in imports(path) if n.startswith("histo_utils")]
+        return
+    here = floor(path.stem)
+    names = {p.stem for p in MODULES}
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "histo_utils" and len(parts) > 1 and parts[1] in names:
+            assert floor(parts[1]) < here, f"{path.stem} imports {parts[1]}"
+
+
+@each_module
+def test_only_the_training_side_imports_torch(path):
+    heavy = {"torch", "torchvision", "timm", "lightning", "pytorch_metric_learning"}
+    found = heavy & {name.split(".")[0] for name in imports(path)}
+    assert not found or path.stem in MAY_IMPORT_TORCH
+
+
+def test_importing_the_package_does_nothing():
+    code = "import sys, histo_utils; print(*sorted(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    heavy = {"numpy", "pandas", "matplotlib", "torch", "skimage", "openslide", "pooch"}
+    assert not heavy & set(done.stdout.split())
+
+
+def requirements():
+    lists = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    return [Requirement(line) for lines in lists for line in lines]
+
+
+def pins():
+    lines = (ROOT / "constraints.txt").read_text("utf8").splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): Version(version) for name, version in pairs}
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=lambda r: r.name)
+def test_constraints_satisfy_pyproject(requirement):
+    known = pins()
+    name = canonicalize_name(requirement.name)
+    if not known:
+        pytest.skip("constraints.txt is empty: the weekly run without pins")
+    assert name in known, f"{name} has no line in constraints.txt"
+    assert requirement.specifier.contains(known[name])
+
+
+def test_colab_gets_lower_bounds_only():
+    for line in PROJECT["dependencies"]:
+        assert {s.operator for s in Requirement(line).specifier} == {">="}, line
+
+
+def test_environment_yml_repeats_nothing():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text("utf8"))
+    *conda, pip = environment["dependencies"]
+    assert conda == ["python=3.11", "pip"]
+    assert pip == {"pip": ["-e .[networks,cluster,book,dev]"]}
+
+
+def test_versions_agree():
+    changes = (ROOT / "CHANGELOG.md").read_text("utf8")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf8"))
+    newest = re.search(r"^## (\d+\.\d+\.\d+)", changes, re.MULTILINE)[1]
+    assert PROJECT["version"] == newest == str(citation["version"])
+    try:
+        assert distribution("histo_utils").version == PROJECT["version"]
+    except PackageNotFoundError:
+        pytest.fail("histo_utils is not installed: run make venv")
+
+
+def test_one_repository_address():
+    """Citation and Colab links follow the address in _config.yml."""
+    config = yaml.safe_load((ROOT / "_config.yml").read_text("utf8"))
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf8"))
+    assert citation["repository-code"] == config["repository"]["url"]
+
+
+def test_no_large_file_is_tracked():
+    large = [p for p in tracked_files() if p.stat().st_size > 500_000]
+    assert not large, f"over 500 kB, and git keeps it for ever: {large}"
+
+
+def test_no_path_of_one_machine_is_tracked():
+    # written in pieces, so that this file does not find itself
+    folders = b"|".join([b"work", b"root", rb"home/\w+", rb"Users/\w+"])
+    local = re.compile(rb"(?<![\w.])/(?:" + folders + rb")/")
+    found = []
+    for path in tracked_files():
+        data = path.read_bytes()
+        if b"\0" not in data[:4096] and local.search(data):
+            found.append(str(path.relative_to(ROOT)))
+    assert not found

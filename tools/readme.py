@@ -1,0 +1,112 @@
+"""Write the README's chapter list and results from notebooks and results files.
+
+python tools/readme.py            # rewrites README.md
+python tools/readme.py --check    # exit status 1 if it would change
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+INTERVAL = "{score:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def chapters(root=ROOT):
+    """One table row a notebook: number, title, Colab link."""
+    config = yaml.safe_load((root / "_config.yml").read_text("utf-8"))["repository"]
+    where = config["url"].removeprefix("https://github.com/") + "/blob/main"
+    rows = ["| | chapter | run it |", "|---|---|---|"]
+    for path in sorted((root / "notebooks").glob("[0-9]*.ipynb")):
+        cells = json.loads(path.read_text("utf-8"))["cells"]
+        title = re.search(r"^# (.+)$", "".join(cells[0]["source"]), re.MULTILINE)[1]
+        colab = (
+            f"https://colab.research.google.com/github/{where}/notebooks/{path.name}"
+        )
+        name = f"[{title}](notebooks/{path.name})"
+        rows.append(f"| {path.name[:2]} | {name} | [Colab]({colab}) |")
+    return "\n".join(rows)
+
+
+def results(root=ROOT):
+    """One table row a headline, each from its results file; missing files: not run."""
+    rows = ["| question | answer | n | from |", "|---|---|---|---|"]
+    for name, question, read in HEADLINES:
+        path = root / "results" / "tissue" / f"{name}.json"
+        if path.exists():
+            found = json.loads(path.read_text("utf-8"))
+            answer, n = read(found)
+            made = found["provenance"]
+            source = f"`{path.name}`, {made['date'][:10]}, `{made['commit']}`"
+        else:
+            answer, n, source = "not run", "", f"`{path.name}`"
+        rows.append(f"| {question} | {answer} | {n} | {source} |")
+    return "\n".join(rows)
+
+
+def _colour(column):
+    def read(found):
+        row = found["colour"][column]
+        score = INTERVAL.format(score=row["P@1"], low=row["low"], high=row["high"])
+        return f"{score}, chance {row['by chance']:.2f}", f"{row['patients']} patients"
+
+    return read
+
+
+def _nuclei(method):
+    def read(found):
+        score = found["cellularity"][method]["test"]
+        return INTERVAL.format(**score["patches"]), f"{score['regions']} regions"
+
+    return read
+
+
+HEADLINES = (
+    (
+        "01_data_preparation",
+        "Does the nearest other patient's patch in mean colour show the same organ?",
+        _colour("label"),
+    ),
+    (
+        "01_data_preparation",
+        "… the same preparation (paraffin or frozen)?",
+        _colour("preparation"),
+    ),
+    (
+        "02_mosaic_extraction",
+        "Rank correlation of estimated nuclear area with experts', test regions, ours",
+        _nuclei("ours"),
+    ),
+    (
+        "02_mosaic_extraction",
+        "… Macenko's stains with Otsu's threshold",
+        _nuclei("Macenko"),
+    ),
+    ("02_mosaic_extraction", "… one fixed threshold", _nuclei("fixed")),
+)
+
+
+def written(text, root=ROOT):
+    """Return the README with both parts written anew."""
+    for name, part in (("chapters", chapters(root)), ("results", results(root))):
+        pattern = rf"(<!-- {name}: [^>]*-->\n).*?(<!-- /{name} -->)"
+        text = re.sub(pattern, lambda m, p=part: f"{m[1]}{p}\n{m[2]}", text, flags=re.S)
+    return text
+
+
+def main():
+    readme = ROOT / "README.md"
+    before = readme.read_text("utf-8")
+    after = written(before)
+    if "--check" in sys.argv:
+        raise SystemExit(
+            "README.md is stale: run tools/readme.py" if after != before else 0
+        )
+    readme.write_text(after, "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Run one chapter with papermill and keep a copy that says what made it.
+
+    python tools/run_notebook.py 02_mosaic_extraction --profile tissue \
+        --out _build/executed/tissue/02_mosaic_extraction.ipynb
+    python tools/run_notebook.py --times --profile tissue
+
+Run it in the repository's root. The copy appears under its name only when the run is
+complete; a failed run leaves ``<name>.failed.ipynb`` beside it and exits with 1.
+What papermill alone does not do: it refuses misspelt parameters, and it writes
+profile, commit and date into the copy's metadata (``histo``).
+"""
+
+import argparse
+import difflib
+import json
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import yaml
+
+NOTEBOOKS, PROFILES = Path("notebooks"), Path("profiles")
+
+
+def refuse_unknown(kind, names, known):
+    """Stop with the nearest valid names if a name is not known."""
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+            nearest = ", ".join(near or sorted(known))
+            raise SystemExit(f"unknown {kind} '{name}'; did you mean: {nearest}?")
+
+
+def read_parameters(name, profile, known):
+    """Return a profile's parameters for a notebook whose parameters are `known`."""
+    path = PROFILES / profile / f"{name}.yaml"
+    values = (yaml.safe_load(path.read_text("utf8")) or {}) if path.exists() else {}
+    refuse_unknown(f"parameter in {path}:", values, known)
+    return {"profile": profile, **values} if "profile" in known else values
+
+
+def git(*words):
+    """Return what git prints, or None outside a repository."""
+    done = subprocess.run(["git", *words], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def origin(profile):
+    """Return what the status line of the page says about a run."""
+    # Results are written by the runs themselves, so they do not count as changes.
+    changes = git("status", "--porcelain", "--", ".", ":!results")
+    return {
+        "profile": profile,
+        "commit": git("rev-parse", "--verify", "-q", "HEAD") or "unknown",
+        "dirty": bool(changes),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def execute(source, part, parameters):
+    """Run a notebook into `part`; return the error's text, or None."""
+    import papermill
+
+    try:
+        papermill.execute_notebook(
+            source,
+            part,
+            parameters,
+            cwd=".",
+            progress_bar=False,
+            # A progress bar leaves its last line, not one line a step.
+            coalesce_streams=True,
+            # Every kernel warns that it talks over unencrypted local sockets.
+            extra_arguments=["--log-level=CRITICAL"],
+        )
+    except papermill.PapermillExecutionError as error:
+        return f"cell [{error.exec_count}]{error}"
+    except Exception as error:  # the kernel died, or did not start
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def write_origin(path, facts):
+    """Add the `histo` block to a copy's metadata."""
+    notebook = json.loads(path.read_text("utf8"))
+    notebook["metadata"]["histo"] = facts
+    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", "utf8")
+    return notebook["metadata"]["papermill"]["duration"]
+
+
+def run(name, profile, out):
+    """Run one chapter; return the exit status."""
+    refuse_unknown("chapter", [name], [p.stem for p in NOTEBOOKS.glob("*.ipynb")])
+    known_profiles = {"demo", *(p.name for p in PROFILES.glob("*") if p.is_dir())}
+    refuse_unknown("profile", [profile], known_profiles)
+    import papermill
+
+    source = NOTEBOOKS / f"{name}.ipynb"
+    parameters = read_parameters(name, profile, papermill.inspect_notebook(source))
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part, failed = (out.with_suffix(f".{s}.ipynb") for s in ("part", "failed"))
+    failed.unlink(missing_ok=True)
+    os.environ["HISTO_PROFILE"] = profile
+    facts = origin(profile)
+    error = execute(source, part, parameters)
+    if error is not None:
+        if part.exists():
+            part.replace(failed)
+        print(f"{name} ({profile}) FAILED in {error}\nsee {failed}", file=sys.stderr)
+        return 1
+    seconds = write_origin(part, facts)
+    part.replace(out)
+    print(f"{name} ({profile}): {seconds:.0f} s", flush=True)
+    return 0
+
+
+def print_times(profile):
+    """Print how long each chapter of a profile took."""
+    total = 0.0
+    for path in sorted(Path("_build/executed", profile).glob("[0-9][0-9]_*.ipynb")):
+        metadata = json.loads(path.read_text("utf8"))["metadata"]
+        if path.suffixes == [".ipynb"] and "histo" in metadata:
+            seconds = metadata["papermill"]["duration"]
+            total += seconds
+            print(f"  {path.stem:32} {seconds:7.1f} s")
+    print(f"  {'all chapters':32} {total:7.1f} s")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", nargs="?", help="notebook, as 02_mosaic_extraction")
+    parser.add_argument("--profile", default="demo", help="default: demo")
+    parser.add_argument("--out", type=Path, help="where the executed copy goes")
+    parser.add_argument("--times", action="store_true", help="print seconds a chapter")
+    options = parser.parse_args()
+    if options.times:
+        return print_times(options.profile)
+    if not options.name:
+        parser.error("name a notebook")
+    folder = Path("_build/executed", options.profile)
+    out = options.out or folder / f"{options.name}.ipynb"
+    return run(options.name, options.profile, out)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
