@@ -63,6 +63,28 @@ def rgb_histogram(table: pd.DataFrame, bins: int = 4, root: bool = False) -> Emb
     return _embed(table, histogram)
 
 
+def grey_histogram(table: pd.DataFrame, bins: int = 64) -> Embeddings:
+    """Square roots of each patch's histogram of grey levels; vectors (n, bins).
+
+    What is left of `rgb_histogram` (``root=True``) without colour; grey is
+    0.299 R + 0.587 G + 0.114 B.
+
+    Raises
+    ------
+    ValueError
+        Bins outside 1–256; and as `mean_rgb`.
+    """
+    if not 1 <= bins <= 256:
+        raise ValueError(f"bins={bins}; expected 1 to 256 grey levels")
+
+    def histogram(image, mpp):
+        grey = image @ np.array([0.299, 0.587, 0.114])
+        counts = np.bincount((grey.ravel() * bins / 256).astype(np.int64), None, bins)
+        return np.sqrt(counts / grey.size)
+
+    return _embed(table, histogram)
+
+
 def nuclear_area(table: pd.DataFrame) -> Embeddings:
     """Share of each patch that is nuclei (haematoxylin), 0–1; vectors (n, 1).
 

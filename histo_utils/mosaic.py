@@ -1,10 +1,11 @@
 """Choose the few patches that stand for a slide: Yottixel's mosaic, KimiaNet's filter.
 
-Yottixel is patented (US10628736B2); see the licence page before commercial use.
+Yottixel is patented (US10628736B2); see the README before commercial use.
 """
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from pathlib import Path
 
@@ -272,7 +273,7 @@ def _jobs(slides, parameters):
         name = str(row.pop("slide", None) or Path(image).stem)
         mpp = None if mpp is None or pd.isna(mpp) else float(mpp)
         job = {"name": name, "image": image, "mpp": mpp, "carry": row}
-        jobs.append({**job, "parameters": parameters})
+        jobs.append({**job, "parameters": parameters, "code": _code()})
     names = pd.Series([job["name"] for job in jobs])
     if names.duplicated().any():
         raise ValueError(
@@ -280,6 +281,14 @@ def _jobs(slides, parameters):
             "different names in the column slide"
         )
     return jobs
+
+
+def _code():
+    """Hash of the code that makes a mosaic: results of older code are not kept."""
+    folder = Path(__file__).parent
+    names = ("slides.py", "cellularity.py", "mosaic.py")
+    text = b"".join((folder / name).read_bytes() for name in names)
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def _mosaic_job(job, out):

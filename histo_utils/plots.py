@@ -177,3 +177,30 @@ def mask_outline(ax, mask, width, height, colour="black", line=1.2):
         (np.arange(rows) + 0.5) * height / rows - 0.5,
         mask, levels=[0.5], colors=[colour], linewidths=line,
     )  # fmt: skip
+
+
+def intervals(ax, scores, chance=None, colour=PALETTE[0]):
+    """Draw scores as dots with their intervals, the first on top.
+
+    Parameters
+    ----------
+    ax : matplotlib.axes.Axes
+    scores : dict
+        Name to ``{"score", "low", "high"}`` (`bench.scored`), or to None where a
+        system was not run; its line stays empty and says so.
+    chance : float, optional
+        Drawn as a dashed line.
+    colour : str
+    """
+    for place, found in enumerate(scores.values()):
+        if found is None:
+            ax.text(0.02, place, "not run", va="center", fontsize=8, color="0.45")
+            continue
+        ax.plot([found["low"], found["high"]], [place] * 2, color=colour, lw=1.6)
+        ax.plot(found["score"], place, "o", color=colour, ms=5)
+    if chance is not None:
+        ax.axvline(chance, color="0.5", lw=1, ls="--")
+    ax.set(xlim=(0, 1), ylim=(len(scores) - 0.5, -0.5))
+    ax.set_yticks(range(len(scores)), list(scores))
+    ax.grid(axis="x", color="0.9")
+    ax.set_axisbelow(True)

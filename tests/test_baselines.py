@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from histo_utils.baselines import mean_rgb, nuclear_area, rgb_histogram
+from histo_utils.baselines import grey_histogram, mean_rgb, nuclear_area, rgb_histogram
 from histo_utils.mosaic import cellularity
 
 SIZE, MPP = 64, 0.5
@@ -52,6 +52,16 @@ def test_rgb_histogram_equals_numpy(table, bins):
 def test_place_of_a_colour_in_the_histogram(table):
     flat = rgb_histogram(table).vectors[0]
     assert flat[(3 * 4 + 2) * 4 + 3] == 1  # (232, 170, 205) // 64
+
+
+def test_grey_histogram_equals_numpy(table):
+    made = grey_histogram(table, 16).vectors
+    for vector, image in zip(made, table.attrs["pixels"], strict=True):
+        grey = image.reshape(-1, 3) @ np.array([0.299, 0.587, 0.114])
+        counts, _ = np.histogram(grey, 16, (0, 256))
+        np.testing.assert_allclose(vector**2, counts / SIZE**2, atol=1e-6)
+    with pytest.raises(ValueError, match="bins=0; expected 1 to 256"):
+        grey_histogram(table, 0)
 
 
 def test_nuclear_area(table):

@@ -1,0 +1,240 @@
+"""The bench: the same tasks and the same way to report them, for every encoder.
+
+Two tasks, both scored by the label of the nearest neighbour (P@1). *Scan recognition*:
+which scan is a patch from? It measures stain and texture; scans share patients by
+design. *Label across patients*: which organ (or class) is it, with the patient's own
+patches away? Intervals are over patients, the gallery fixed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from histo_utils import metrics, protocols
+from histo_utils.embeddings import Embeddings
+
+UNITS = ("self", "touching", "slide", "patient")
+
+
+def quarters(table: pd.DataFrame) -> np.ndarray:
+    """Part of its slide that each patch lies in, by the middle of the slide's patches.
+
+    Returns
+    -------
+    (n,) array of ``"upper"``, ``"lower left"`` and ``"lower right"``
+        To train on, to choose on, and to test on.
+    """
+    places = table.groupby("slide")[["x", "y"]]
+    middle = (places.transform("min") + places.transform("max")) / 2
+    right, lower = (table[axis] > middle[axis] for axis in ("x", "y"))
+    return np.where(lower, np.where(right, "lower right", "lower left"), "upper")
+
+
+def as_scans(embeddings: Embeddings) -> Embeddings:
+    """Let the slide be the label."""
+    table = embeddings.table
+    return Embeddings(embeddings.vectors, table.assign(label=table["slide"]))
+
+
+def tasks(embeddings: Embeddings, k: int = 1, **how) -> dict[str, pd.DataFrame]:
+    """Outcomes on every task of the bench.
+
+    Parameters
+    ----------
+    embeddings : Embeddings
+        With ``slide``, ``patient``, ``label``, ``fold`` and places.
+    k : int
+        Neighbours kept.
+    **how
+        ``standardised`` and ``metric`` (`protocols.leave_one_out`).
+
+    Returns
+    -------
+    dict of outcomes
+        ``scan_leave_one_out``, ``scan_not_touching``; ``scan_choice`` (lower left
+        quarter against the upper half, to choose on), ``scan_split`` (lower right
+        quarter against the upper half), ``scan_split_not_touching``; ``organ`` (label,
+        each patient fold against the others).
+    """
+    scans, where = as_scans(embeddings), quarters(embeddings.table)
+    upper, left, right = (
+        scans.take(where == part) for part in ("upper", "lower left", "lower right")
+    )
+
+    def against_upper(queries, exclude=None):
+        return protocols.train_gallery(
+            queries, upper, k, exclude, allow_shared_patients=True, **how
+        )
+
+    return {
+        "scan_leave_one_out": protocols.leave_one_out(scans, k, **how),
+        "scan_not_touching": protocols.leave_one_out(scans, k, "touching", **how),
+        "scan_choice": against_upper(left),
+        "scan_split": against_upper(right),
+        "scan_split_not_touching": against_upper(right, "touching"),
+        "organ": protocols.patient_folds(embeddings, k, **how),
+    }
+
+
+def galleries(embeddings: Embeddings, **how) -> dict[str, pd.DataFrame]:
+    """Scan recognition of the lower right quarters, against four galleries."""
+    scans = as_scans(embeddings)
+    test = quarters(scans.table) == "lower right"
+    found = tasks(embeddings, **how)
+    return {
+        "training_half": found["scan_split"],
+        "test_among_test": protocols.leave_one_out(scans.take(test), 1, **how),
+        "all_the_rest": found["scan_leave_one_out"][test],
+        "all_the_rest_not_touching": found["scan_not_touching"][test],
+    }
+
+
+def exclusions(embeddings: Embeddings, **how) -> dict[str, pd.DataFrame]:
+    """Label of the nearest patch, with nothing excluded, then more and more."""
+    nothing = protocols.train_gallery(
+        embeddings, embeddings, 1, allow_shared_patients=True, **how
+    )
+    rest = {unit: protocols.leave_one_out(embeddings, 1, unit, **how) for unit in UNITS}
+    return {"nothing": nothing, **rest}
+
+
+def within_and_across(embeddings: Embeddings, column: str, **how) -> pd.DataFrame:
+    """Search other patients that share a column's value, and those that do not.
+
+    What a score loses *across* sites or preparations, beyond what it loses by chance,
+    is what it owed to them. Only queries whose label other patients have on both sides
+    are asked, the same ones both times.
+
+    Returns
+    -------
+    DataFrame
+        One row a query: ``query`` (its row), ``patient``, ``within`` and ``across``
+        (1 where the nearest had the label), ``chance_within``, ``chance_across``.
+
+    Raises
+    ------
+    ValueError
+        If no label occurs on both sides: the column and the label are nested.
+    """
+    table = embeddings.table
+    value, label = table[column].to_numpy(), table["label"].to_numpy()
+    others = ~_same(table, "patient")
+    alike, right = _same(table, column), _same(table, "label")
+    sides = {"within": others & alike, "across": others & ~alike}
+    asked = np.all([(may & right).any(axis=1) for may in sides.values()], axis=0)
+    if not asked.any():
+        raise ValueError(
+            f"no label occurs with two values of {column!r} in other patients: the two "
+            "are nested, and what either contributes cannot be told apart"
+        )
+    rows = np.flatnonzero(asked)
+    found = pd.DataFrame({"query": rows, "patient": table["patient"].to_numpy()[rows]})
+    for side, may in sides.items():
+        hit = np.zeros(len(table))
+        for name in np.unique(value[asked].astype(str)):
+            here = value.astype(str) == name
+            queries, gallery = np.flatnonzero(asked & here), here == (side == "within")
+            near = protocols.train_gallery(
+                embeddings.take(queries), embeddings.take(gallery), 1, "patient",
+                allow_shared_patients=True, **how,
+            )  # fmt: skip
+            hit[queries] = near["predicted"].to_numpy() == label[queries]
+        found[side] = hit[rows]
+        found[f"chance_{side}"] = ((may & right).sum(1)[rows]) / may.sum(1)[rows]
+    return found
+
+
+def by_chance(table: pd.DataFrame, column: str, within: str | None = None):
+    """Share of other patients' patches that agree with each patch in a column; (n,).
+
+    What the nearest neighbour would score if it were drawn at random from the other
+    patients, or with ``within`` from those of them that agree in that column too; NaN
+    where there are none.
+    """
+    may = ~_same(table, "patient")
+    may = may & _same(table, within) if within else may
+    agree, allowed = (may & _same(table, column)).sum(axis=1), may.sum(axis=1)
+    return np.where(allowed > 0, agree / np.maximum(allowed, 1), np.nan)
+
+
+def scored(values, groups, n_boot: int = 2000, seed: int = 0) -> dict:
+    """Mean of per-query values with its 95 % interval over groups (patients).
+
+    Examples
+    --------
+    >>> scored([0, 1, 1, 1], ["a", "a", "b", "b"])["score"]
+    0.75
+    """
+    values = np.asarray(values, float)
+    low, high = metrics.bootstrap_ci(values, groups, n_boot, seed=seed)
+    n = pd.Series(np.asarray(groups)).nunique()
+    score = float(values.mean())
+    return {"score": score, "low": low, "high": high, "n": n, "queries": len(values)}
+
+
+def p_at_1(outcomes: pd.DataFrame, **bootstrap) -> dict:
+    """P@1 of outcomes with its interval over patients (`scored`)."""
+    right = metrics.accuracy(outcomes, per_query=True)
+    return scored(right, outcomes["patient"], **bootstrap)
+
+
+def macro(outcomes: pd.DataFrame, n_boot: int = 2000, seed: int = 0) -> dict:
+    """Mean over classes of each class's P@1, with its interval over patients."""
+    right = metrics.accuracy(outcomes, per_query=True)
+    rows = np.column_stack([right, pd.factorize(outcomes["label"])[0]])
+
+    def mean_of_classes(drawn):
+        classes = drawn[:, 1].astype(int)
+        sizes = np.bincount(classes)
+        sums = np.bincount(classes, drawn[:, 0])
+        return float((sums[sizes > 0] / sizes[sizes > 0]).mean())
+
+    low, high = metrics.bootstrap_ci(
+        rows, outcomes["patient"], n_boot, seed=seed, statistic=mean_of_classes
+    )
+    sizes = {"n": outcomes["patient"].nunique(), "queries": len(rows)}
+    return {"score": mean_of_classes(rows), "low": low, "high": high, **sizes}
+
+
+def compared(a, b, groups=None, seed: int = 0) -> dict:
+    """Paired difference a - b over groups: interval, p, n, detectable difference.
+
+    Parameters
+    ----------
+    a, b : outcomes of the same queries, or (n,) arrays of values
+    groups : (n,) array
+        Patient of each value; the outcomes' own where those are given. Every patient
+        counts once (`metrics.paired_sign_flip`).
+    """
+    if isinstance(a, pd.DataFrame):
+        groups = a["patient"].to_numpy() if groups is None else groups
+        a, b = (metrics.accuracy(x, per_query=True) for x in (a, b))
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    found = metrics.paired_sign_flip(a, b, groups, seed=seed)._asdict()
+    return {**found, "detectable": metrics.detectable_difference(a - b, groups)}
+
+
+def report(found: dict) -> pd.DataFrame:
+    """Turn ``{row: {column: scored or compared}}`` into a table of text."""
+    return pd.DataFrame.from_dict(
+        {
+            row: {name: _text(value) for name, value in values.items()}
+            for row, values in found.items()
+        },
+        orient="index",
+    ).fillna("not run")
+
+
+def _text(value):
+    if not isinstance(value, dict):
+        return f"{value:.3f}" if isinstance(value, float) else value
+    if "score" in value:
+        return "{score:.3f} [{low:.2f}, {high:.2f}]".format(**value)
+    line = "{difference:+.3f} [{low:+.2f}, {high:+.2f}]; p = {p:.3f}; ±{detectable:.2f}"
+    return line.format(**value)
+
+
+def _same(table, name):
+    values = table[name].to_numpy()
+    return values[:, None] == values

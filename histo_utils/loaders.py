@@ -1,0 +1,351 @@
+"""From a patch table to batches of tensors: the data set, its transforms, the loader.
+
+A *transform* changes what is seen and keeps 8-bit RGB: ``transform(image, slide)`` ->
+image, for `colour`, `grey` and `StainMatch`. *Preparing* then turns the image into what
+a network takes: `Preprocessing`. The two are kept apart because the first is a choice
+of the experiment and the second a property of the network.
+
+References
+----------
+.. [1] M. Macenko et al., "A method for normalizing histology slides for quantitative
+   analysis", IEEE International Symposium on Biomedical Imaging (ISBI), 2009.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from histo_utils import patches
+from histo_utils.cellularity import macenko_stains
+
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+_DENSITY = -np.log(np.maximum(np.arange(256), 1) / 255)  # natural log, white = 0
+_FAINT = 0.15  # mean density below which a pixel is glass, as in `cellularity`
+_MIN_SCALE = 0.05  # 99th percentile of a stain's amount below which it is not there
+_MIN_PIXELS = 100
+_FIT_PIXELS = 2**17  # pixels a slide's fit looks at
+_owner = [os.getpid()]  # the process whose slides are open
+
+
+class PatchDataset(Dataset):
+    """Patches of a table as tensors, read when asked for.
+
+    Slides are opened on first use, in the process that uses them: the data set holds
+    no file, so it can be pickled, and a forked worker does not share its parent's.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        A patch table; checked.
+    transform : callable, optional
+        ``transform(image, slide)`` on uint8 (h, w, 3); default `colour`. A function of
+        a module or an object, so that spawned workers can load it (no lambda).
+    prepare : callable, optional
+        Image -> float tensor; default `Preprocessing` without resizing or scaling
+        beyond 0–1.
+
+    Raises
+    ------
+    ValueError
+        As `patches.check_patches`.
+    """
+
+    def __init__(self, table, transform=None, prepare=None):
+        self.table = patches.check_patches(table).reset_index(drop=True)
+        self.transform = colour if transform is None else transform
+        self.prepare = _UNSCALED if prepare is None else prepare
+
+    def __len__(self):
+        return len(self.table)
+
+    def __getitem__(self, position):
+        """Return the prepared patch and its position in the table."""
+        if _owner[0] != os.getpid():  # forked: let go of the parent's open slides
+            patches._opened.cache_clear()
+            _owner[0] = os.getpid()
+        row = self.table.iloc[position]
+        image = self.transform(patches.read_patch(row), row["slide"])
+        return self.prepare(image), position
+
+
+def loader(
+    table, transform=None, prepare=None, *, batch_size=64, shuffle=False, seed=0,
+    workers=0, start=None,
+) -> DataLoader:  # fmt: skip
+    """Batches of (tensor (b, 3, h, w), positions (b,)) over a patch table.
+
+    Parameters
+    ----------
+    table, transform, prepare
+        See `PatchDataset`.
+    batch_size : int
+    shuffle : bool
+        Table order, or an order that depends on ``seed`` and the epoch alone.
+    seed : int
+    workers : int
+        Processes that read; 0 reads in this one.
+    start : {"fork", "spawn", "forkserver"}, optional
+        How workers start; the platform's default.
+
+    Raises
+    ------
+    ValueError
+        A batch size below 1, fewer than 0 workers; and as `PatchDataset`.
+    """
+    if batch_size < 1 or workers < 0:
+        raise ValueError(
+            f"batch_size={batch_size}, workers={workers}; expected 1 or more patches a "
+            "batch and 0 or more workers"
+        )
+    return DataLoader(
+        PatchDataset(table, transform, prepare),
+        batch_size=batch_size,
+        shuffle=shuffle,
+        generator=torch.Generator().manual_seed(seed),
+        num_workers=workers,
+        multiprocessing_context=start if workers else None,
+    )
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a network wants done to an image: resize, scale to 0–1, subtract, divide.
+
+    The whole patch is resized; nothing is cropped, since its edge belongs to the field
+    of view.
+
+    Parameters
+    ----------
+    mean, std : tuple of 3 floats
+        Of the 0–1 scale. (0.5, 0.5, 0.5) for both is RGB/127.5 - 1.
+    size : int or None
+        Side in pixels that images are resized to; None leaves them as they are.
+    interpolation : {"nearest", "bilinear", "bicubic"}
+        Of Pillow, which smooths when it makes images smaller.
+
+    Examples
+    --------
+    >>> white = np.full((250, 250, 3), 255, np.uint8)
+    >>> tensor = Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3, size=224)(white)
+    >>> tuple(tensor.shape), float(tensor.min()), float(tensor.max())
+    ((3, 224, 224), 1.0, 1.0)
+    """
+
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    size: int | None = None
+    interpolation: str = "bilinear"
+
+    def __post_init__(self):
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(
+                f"unknown interpolation {self.interpolation!r}; valid are "
+                f"{', '.join(INTERPOLATIONS)}"
+            )
+        scale = [*self.mean, *self.std]
+        if len(scale) != 6 or min(self.std) <= 0 or not all(map(math.isfinite, scale)):
+            raise ValueError(
+                f"mean={self.mean}, std={self.std}; expected three numbers each, the "
+                "deviations above 0, on the scale 0–1"
+            )
+
+    def __call__(self, image):
+        """Turn uint8 (h, w, 3) into float32 (3, size, size)."""
+        if self.size is not None and image.shape[:2] != (self.size, self.size):
+            how = INTERPOLATIONS[self.interpolation]
+            resized = Image.fromarray(image).resize((self.size, self.size), how)
+            image = np.asarray(resized)
+        tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
+        return (tensor - mean) / std
+
+
+_UNSCALED = Preprocessing()
+
+
+def colour(image, slide=None):
+    """Leave the image as it is."""
+    return image
+
+
+def grey(image, slide=None):
+    """Luma (0.299 R + 0.587 G + 0.114 B, rounded), the same in all three channels.
+
+    Examples
+    --------
+    >>> grey(np.uint8([[[255, 0, 0]]])).tolist()
+    [[[76, 76, 76]]]
+    """
+    luma = np.asarray(Image.fromarray(image).convert("L"))
+    return np.repeat(luma[..., None], 3, axis=-1)
+
+
+class StainFit(NamedTuple):
+    """Stains of one slide.
+
+    Attributes
+    ----------
+    stains : (2, 3) array
+        Unit density vectors, haematoxylin first.
+    scale : (2,) array
+        99th percentile of each stain's amount over tissue pixels.
+    degenerate : bool
+        Two stains could not be told apart, or one is not there.
+    """
+
+    stains: np.ndarray
+    scale: np.ndarray
+    degenerate: bool
+
+
+def fit_stains(images) -> StainFit:
+    """Fit stain vectors and amounts to images of **one slide** [1]_.
+
+    Parameters
+    ----------
+    images : sequence of (h, w, 3) uint8 arrays
+        Only tissue takes part: pixels whose mean density is above 0.15.
+
+    Examples
+    --------
+    >>> fit_stains([np.full((32, 32, 3), 255, np.uint8)]).degenerate
+    True
+    """
+    total = sum(image.shape[0] * image.shape[1] for image in images)
+    step = max(1, math.ceil(math.sqrt(total / _FIT_PIXELS)))
+    pixels = np.concatenate([image[::step, ::step].reshape(-1, 3) for image in images])
+    pixels = pixels[_DENSITY[pixels].mean(axis=1) > _FAINT]
+    stains = macenko_stains(pixels)
+    # Where nothing can be fitted, macenko_stains gives its usual vectors back.
+    usual = macenko_stains(np.empty((0, 3), np.uint8))
+    if len(pixels) < _MIN_PIXELS:
+        return StainFit(stains, np.ones(2), True)
+    amounts = _DENSITY[pixels] @ np.linalg.pinv(stains)
+    scale = np.percentile(amounts, 99, axis=0)
+    alone = np.array_equal(stains, usual) or bool((scale < _MIN_SCALE).any())
+    return StainFit(stains, scale, alone)
+
+
+@dataclass(frozen=True)
+class StainMatch:
+    """Give every slide the stains of a target [1]_.
+
+    Stain vectors and the scale of the amounts are fitted once a **slide**, not a tile:
+    fitted tile by tile, a tile without nuclei would be painted until it had some.
+    Slides whose fit is degenerate, and tiles without tissue, come back untouched;
+    `degenerate` and `untouched` tell.
+
+    Parameters
+    ----------
+    fits : mapping of slide name to StainFit
+    target : StainFit
+    """
+
+    fits: Mapping[str, StainFit]
+    target: StainFit
+    _maps: dict = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        if self.target.degenerate:
+            raise ValueError(
+                "the target's stains are degenerate (blank or singly stained); choose "
+                "a slide with both haematoxylin and eosin"
+            )
+        maps = {
+            slide: (np.linalg.pinv(fit.stains) * (self.target.scale / fit.scale))
+            @ self.target.stains
+            for slide, fit in self.fits.items()
+            if not fit.degenerate
+        }
+        object.__setattr__(self, "_maps", maps)
+
+    @classmethod
+    def fit(cls, table, target=None, n_patches=32):
+        """Fit every slide of a patch table.
+
+        Parameters
+        ----------
+        table : pandas.DataFrame
+            A patch table.
+        target : str or StainFit, optional
+            A slide of the table, or a fit of another; default: the median over the
+            table's slides. Take it from training slides.
+        n_patches : int
+            So many patches of a slide, evenly through its rows, are read.
+
+        Raises
+        ------
+        ValueError
+            An unknown target, or no slide with two stains.
+        """
+        fits = {}
+        for slide, rows in table.groupby("slide", sort=True):
+            every = np.linspace(0, len(rows) - 1, min(n_patches, len(rows)))
+            some = rows.iloc[np.unique(every.round().astype(int))].to_dict("records")
+            fits[slide] = fit_stains([patches.read_patch(row) for row in some])
+        if isinstance(target, str):
+            if target not in fits:
+                raise ValueError(
+                    f"target {target!r} is not a slide of the table; it has "
+                    f"{', '.join(list(fits)[:3])}, …"
+                )
+            target = fits[target]
+        return cls(fits, _median(fits) if target is None else target)
+
+    @property
+    def degenerate(self):
+        """Names of the slides that are left as they are."""
+        return tuple(slide for slide, fit in self.fits.items() if fit.degenerate)
+
+    @property
+    def identity(self):
+        """A name that differs where the result would; part of a cache's key."""
+        digest = hashlib.sha1()
+        for slide, fit in sorted(self.fits.items()):
+            digest.update(f"{slide} {fit.degenerate}".encode())
+            digest.update(np.concatenate([fit.stains.ravel(), fit.scale]).tobytes())
+        for part in self.target[:2]:
+            digest.update(np.asarray(part, float).tobytes())
+        return f"stain-matched-{digest.hexdigest()[:12]}"
+
+    def untouched(self, image, slide):
+        """Whether this tile would come back as it is."""
+        if slide not in self.fits:
+            raise ValueError(
+                f"slide {slide!r} was not fitted ({len(self.fits)} were); fit on a "
+                "table that holds it"
+            )
+        glass = not (_DENSITY[image].mean(axis=-1) > _FAINT).any()
+        return self.fits[slide].degenerate or glass
+
+    def __call__(self, image, slide):
+        """Return the tile in the target's stains, uint8 (h, w, 3)."""
+        if self.untouched(image, slide):
+            return image
+        density = _DENSITY[image] @ self._maps[slide]
+        return np.clip(np.rint(255 * np.exp(-density)), 0, 255).astype(np.uint8)
+
+
+def _median(fits):
+    good = [fit for fit in fits.values() if not fit.degenerate]
+    if not good:
+        raise ValueError(
+            f"none of {len(fits)} slides shows two stains; stain matching needs H&E"
+        )
+    stains = np.median([fit.stains for fit in good], axis=0)
+    stains /= np.linalg.norm(stains, axis=1, keepdims=True)
+    return StainFit(stains, np.median([fit.scale for fit in good], axis=0), False)

@@ -1,0 +1,86 @@
+"""Published facts, as far as their authors released them, for the audit of chapter 3.
+
+Each entry names its source and, for repositories, the commit that was read. They are
+the only results typed by hand in this project; tests compare them with
+``tests/golden``.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+import numpy as np
+
+# Kimia Path24: test patches of scans s0 … s23, 1,325 in all.
+# Source: row sums of figs/confusion_mat.jpeg, easonyang1996/DML_HistoImgRetrieval at
+# commit 9b01805.
+PATH24_TEST_COUNTS = (
+    65, 65, 65, 75, 15, 40, 70, 50, 60, 60, 70, 70,
+    70, 60, 60, 30, 45, 45, 25, 25, 65, 65, 65, 65,
+)  # fmt: skip
+
+# Yang et al. 2019: the wrong cells of the same figure, (truth, predicted, count).
+YANG_ERRORS = (
+    (0, 1, 1), (4, 7, 1), (4, 12, 1), (4, 16, 2), (5, 6, 1), (6, 2, 1), (6, 5, 1),
+    (6, 7, 1), (6, 16, 1), (7, 5, 1), (8, 21, 2), (11, 17, 4), (15, 20, 1),
+    (16, 4, 2), (16, 11, 1), (17, 11, 2), (18, 15, 1), (20, 18, 1), (21, 8, 1),
+    (23, 5, 1), (23, 7, 1),
+)  # fmt: skip
+
+# Yang et al. 2019, best checkpoint: result/se_resnet_results.txt, same commit.
+YANG_ETA = (0.9788679245283018, 0.9699727818477818, 0.9494752438162815)
+
+# Kieffer et al. 2017, Table 1 in percent: η_p, η_w, η_total. CNN1: Babaie et al. 2017.
+KIEFFER_TABLE = MappingProxyType(
+    {
+        "CNN1": (64.98, 64.75, 41.80),
+        "FE-VGG16": (65.21, 64.96, 42.36),
+        "TL-VGG16": (63.85, 66.23, 42.29),
+        "FE-Inception-v3": (70.94, 71.24, 50.54),
+        "TL-Inception-v3": (74.87, 76.10, 56.98),
+    }
+)
+KIEFFER_GAIN = 8.74  # "≈ 8.74 %" of the same paper's text
+
+# LGFFEM (Nuñez-Fernández et al. 2025), Kimia Path24C, checkpoint of epoch 499, percent.
+# Source: output of notebook 02, camilo-nunez/ffnir at commit cac8757.
+LGFFEM_ETA = (99.40, 99.47, 98.87)
+
+
+def path24_labels() -> np.ndarray:
+    """Scan number of each of the 1,325 test patches, scan by scan."""
+    return np.repeat(np.arange(len(PATH24_TEST_COUNTS)), PATH24_TEST_COUNTS)
+
+
+def yang_predictions() -> tuple[np.ndarray, np.ndarray]:
+    """Return true and predicted scan of each test patch, from the published matrix.
+
+    Which patch of a scan was wrong is not known; within a scan the wrong ones come
+    first.
+    """
+    truth = path24_labels()
+    predicted = truth.copy()
+    place = np.concatenate([[0], np.cumsum(PATH24_TEST_COUNTS)])
+    taken = np.zeros(len(PATH24_TEST_COUNTS), int)
+    for scan, wrong, count in YANG_ERRORS:
+        start = place[scan] + taken[scan]
+        predicted[start : start + count] = wrong
+        taken[scan] += count
+    return truth, predicted
+
+
+def expected_cutoff_score(sizes) -> tuple[float, float]:
+    """η_p and η_w that `metrics.cumulative_cutoff_score` gives random vectors.
+
+    Of a class with n items, ending at position h of N, the query is always inside its
+    own cut; each other item is with probability (h - 1)/(N - 1).
+
+    Examples
+    --------
+    >>> expected_cutoff_score([1, 1])
+    (1.0, 1.0)
+    """
+    sizes = np.asarray(sizes)
+    ends, total = np.cumsum(sizes), sizes.sum()
+    found = 1 + (sizes - 1) * (ends - 1) / (total - 1)
+    return float(found.sum() / total), float((found / sizes).mean())

@@ -1,0 +1,131 @@
+"""The bench's tasks and reports."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from histo_utils import bench, metrics, protocols
+from histo_utils.embeddings import Embeddings
+
+
+@pytest.fixture
+def archive():
+    """Eight slides of eight patients, 4 × 4 patches each, two labels."""
+    y, x = (grid.ravel() * 250 for grid in np.mgrid[0:4, 0:4])
+    slide = np.repeat(np.arange(8), 16)
+    table = pd.DataFrame(
+        {
+            "image": "none", "x": np.tile(x, 8), "y": np.tile(y, 8), "size": 250,
+            "mpp": 0.25, "slide_mpp": 0.25, "slide": slide.astype(str),
+            "patient": slide, "label": np.array(["a", "b"])[slide % 2],
+            "fold": slide // 2, "site": np.array(["A", "B"])[slide // 4],
+        }
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    own = rng.standard_normal((8, 5))[slide]
+    vectors = own + rng.standard_normal((128, 5))
+    return Embeddings(vectors.astype(np.float32), table)
+
+
+def test_quarters_of_a_region(archive):
+    found = pd.Series(bench.quarters(archive.table)).value_counts().to_dict()
+    assert found == {"upper": 64, "lower left": 32, "lower right": 32}
+    corner = bench.quarters(archive.table.query("x == 750 and y >= 500"))
+    assert "upper" in corner, "the middle is that of the patches given"
+
+
+def test_tasks_search_where_they_say(archive):
+    found = bench.tasks(archive, k=3, metric="euclidean")
+    where = bench.quarters(archive.table)
+    assert len(found["scan_leave_one_out"]) == 128
+    assert len(found["scan_split"]) == (where == "lower right").sum()
+    assert len(found["scan_choice"]) == (where == "lower left").sum()
+    assert set(found["scan_split"]["label"]) == set(archive.table["slide"])
+    near = np.stack(found["organ"]["neighbours"])
+    patients = archive.table["patient"].to_numpy()
+    assert (patients[near] != patients[:, None]).all()
+    least = metrics.accuracy(found["scan_not_touching"])
+    assert least <= metrics.accuracy(found["scan_leave_one_out"])
+
+
+def test_scored_counts_patients(archive):
+    out = protocols.leave_one_patient_out(archive, 1)
+    right = metrics.accuracy(out, per_query=True)
+    found = bench.scored(right, out["patient"], n_boot=200)
+    assert found["n"] == 8 and found["queries"] == 128
+    assert found["low"] <= found["score"] <= found["high"]
+
+
+def test_macro_weighs_classes_alike():
+    out = pd.DataFrame(
+        {"label": list("aaab"), "predicted": list("aaaa"), "patient": range(4)}
+    )
+    found = bench.macro(out, n_boot=50)
+    assert found["score"] == 0.5 and found["n"] == 4
+
+
+def test_compared_weighs_patients_alike():
+    found = bench.compared([1, 1, 1, 0], [0, 0, 0, 0], ["p", "p", "p", "q"])
+    assert found["difference"] == 0.5 and found["n"] == 2
+
+
+def test_by_chance_equals_loops(archive):
+    table = archive.table
+    found = bench.by_chance(table, "label", within="site")
+    for row in (0, 40, 127):
+        mine = table.iloc[row]
+        others = table[(table["patient"] != mine["patient"])]
+        others = others[others["site"] == mine["site"]]
+        assert found[row] == pytest.approx((others["label"] == mine["label"]).mean())
+    alone = bench.by_chance(table, "label", within="patient")
+    assert np.isnan(alone).all()
+
+
+def test_galleries_ask_the_same_queries(archive):
+    found = bench.galleries(archive, metric="euclidean")
+    assert {len(out) for out in found.values()} == {32}
+    first = found["training_half"]["slide"].tolist()
+    assert all(out["slide"].tolist() == first for out in found.values())
+    assert set(found["test_among_test"]["relevant"]) == {3}
+    assert set(found["training_half"]["relevant"]) == {8}
+
+
+def test_exclusions_start_from_the_query_itself(archive):
+    found = bench.exclusions(archive, metric="euclidean")
+    assert list(found) == ["nothing", "self", "touching", "slide", "patient"]
+    assert metrics.accuracy(found["nothing"]) == 1
+
+
+def test_within_and_across_by_loops(archive):
+    table = archive.table
+    found = bench.within_and_across(archive, "site", metric="euclidean")
+    assert len(found) == 128
+    for row in (3, 70, 127):
+        mine = table.iloc[row]
+        far = ((archive.vectors - archive.vectors[row]) ** 2).sum(1)
+        for side in ("within", "across"):
+            same = (table["site"] == mine["site"]).to_numpy()
+            may = (table["patient"] != mine["patient"]).to_numpy()
+            may = may & (same == (side == "within"))
+            near = table.iloc[np.where(may, far, np.inf).argmin()]
+            assert found[side][row] == (near["label"] == mine["label"])
+            chance = (table[may]["label"] == mine["label"]).mean()
+            assert found[f"chance_{side}"][row] == pytest.approx(chance)
+
+
+def test_nested_labels_are_refused(archive):
+    nested = archive.table.assign(site=archive.table["label"].to_numpy())
+    with pytest.raises(ValueError, match="nested"):
+        bench.within_and_across(Embeddings(archive.vectors, nested), "site")
+
+
+def test_report_says_what_was_not_run(archive):
+    out = protocols.leave_one_patient_out(archive, 1)
+    shown = bench.report(
+        {
+            "ours": {"P@1": bench.p_at_1(out), "difference": bench.compared(out, out)},
+            "network": {},
+        }
+    )
+    assert shown.loc["network"].tolist() == ["not run", "not run"]
+    assert shown.loc["ours", "difference"].startswith("+0.000 [+0.00, +0.00]; p = 1")

@@ -1,0 +1,57 @@
+"""The facts typed in `published` against the golden files they come from."""
+
+import json
+
+import numpy as np
+import pytest
+
+from histo_utils import published
+from histo_utils.metrics import cumulative_cutoff_score, eta_scores
+
+
+@pytest.fixture
+def matrix(golden):
+    return np.load(golden / "dml_published_confusion.npz")
+
+
+def test_test_counts(matrix, golden):
+    etas = json.loads((golden / "eta_metrics.json").read_text())
+    assert list(published.PATH24_TEST_COUNTS) == matrix["test_counts"].tolist()
+    assert (
+        list(published.PATH24_TEST_COUNTS) == etas["kimia_path24_test_counts"]
+        and sum(published.PATH24_TEST_COUNTS) == etas["total"]
+    )
+
+
+def test_yang_matrix(matrix):
+    truth, predicted = published.yang_predictions()
+    found = np.zeros((24, 24), int)
+    np.add.at(found, (truth, predicted), 1)
+    np.testing.assert_array_equal(found, matrix["confusion"])
+    assert (truth == published.path24_labels()).all()
+
+
+def test_yang_eta(golden):
+    etas = json.loads((golden / "eta_metrics.json").read_text())
+    assert tuple(etas["published"].values()) == published.YANG_ETA
+    found = eta_scores(*published.yang_predictions(), 24)
+    np.testing.assert_allclose(found, published.YANG_ETA, atol=1e-12)
+
+
+def test_kieffer_table(golden):
+    table = json.loads((golden / "kieffer_table1.json").read_text())
+    found = {name: list(row) for name, row in published.KIEFFER_TABLE.items()}
+    assert found == table["kieffer2017_table1_percent"]
+
+
+def test_expected_cutoff_score_is_the_mean_over_random_vectors():
+    sizes = np.array([4, 2, 7, 3])
+    labels = np.repeat(range(4), sizes)
+    rng = np.random.default_rng(0)
+    draws = [
+        cumulative_cutoff_score(rng.standard_normal((16, 3)), labels)[:2]
+        for _ in range(3000)
+    ]
+    error = np.std(draws, axis=0) / np.sqrt(len(draws))
+    expected = published.expected_cutoff_score(sizes)
+    assert (abs(np.mean(draws, axis=0) - expected) < 4 * error).all()
