@@ -99,65 +99,6 @@ def exclusions(embeddings: Embeddings, **how) -> dict[str, pd.DataFrame]:
     return {"nothing": nothing, **rest}
 
 
-def within_and_across(embeddings: Embeddings, column: str, **how) -> pd.DataFrame:
-    """Search other patients that share a column's value, and those that do not.
-
-    What a score loses *across* sites or preparations, beyond what it loses by chance,
-    is what it owed to them. Only queries whose label other patients have on both sides
-    are asked, the same ones both times.
-
-    Returns
-    -------
-    DataFrame
-        One row a query: ``query`` (its row), ``patient``, ``within`` and ``across``
-        (1 where the nearest had the label), ``chance_within``, ``chance_across``.
-
-    Raises
-    ------
-    ValueError
-        If no label occurs on both sides: the column and the label are nested.
-    """
-    table = embeddings.table
-    value, label = table[column].to_numpy(), table["label"].to_numpy()
-    others = ~_same(table, "patient")
-    alike, right = _same(table, column), _same(table, "label")
-    sides = {"within": others & alike, "across": others & ~alike}
-    asked = np.all([(may & right).any(axis=1) for may in sides.values()], axis=0)
-    if not asked.any():
-        raise ValueError(
-            f"no label occurs with two values of {column!r} in other patients: the two "
-            "are nested, and what either contributes cannot be told apart"
-        )
-    rows = np.flatnonzero(asked)
-    found = pd.DataFrame({"query": rows, "patient": table["patient"].to_numpy()[rows]})
-    for side, may in sides.items():
-        hit = np.zeros(len(table))
-        for name in np.unique(value[asked].astype(str)):
-            here = value.astype(str) == name
-            queries, gallery = np.flatnonzero(asked & here), here == (side == "within")
-            near = protocols.train_gallery(
-                embeddings.take(queries), embeddings.take(gallery), 1, "patient",
-                allow_shared_patients=True, **how,
-            )  # fmt: skip
-            hit[queries] = near["predicted"].to_numpy() == label[queries]
-        found[side] = hit[rows]
-        found[f"chance_{side}"] = ((may & right).sum(1)[rows]) / may.sum(1)[rows]
-    return found
-
-
-def by_chance(table: pd.DataFrame, column: str, within: str | None = None):
-    """Share of other patients' patches that agree with each patch in a column; (n,).
-
-    What the nearest neighbour would score if it were drawn at random from the other
-    patients, or with ``within`` from those of them that agree in that column too; NaN
-    where there are none.
-    """
-    may = ~_same(table, "patient")
-    may = may & _same(table, within) if within else may
-    agree, allowed = (may & _same(table, column)).sum(axis=1), may.sum(axis=1)
-    return np.where(allowed > 0, agree / np.maximum(allowed, 1), np.nan)
-
-
 def scored(values, groups, n_boot: int = 2000, seed: int = 0) -> dict:
     """Mean of per-query values with its 95 % interval over groups (patients).
 
@@ -202,17 +143,70 @@ def compared(a, b, groups=None, seed: int = 0) -> dict:
 
     Parameters
     ----------
-    a, b : outcomes of the same queries, or (n,) arrays of values
+    a, b : outcomes, or (n,) arrays of values
+        Outcomes of other queries (wider patches) are compared by their patients' means,
+        over the patients that both have.
     groups : (n,) array
         Patient of each value; the outcomes' own where those are given. Every patient
         counts once (`metrics.paired_sign_flip`).
     """
     if isinstance(a, pd.DataFrame):
-        groups = a["patient"].to_numpy() if groups is None else groups
-        a, b = (metrics.accuracy(x, per_query=True) for x in (a, b))
+        means = [
+            pd.Series(metrics.accuracy(x, per_query=True))
+            .groupby(x["patient"].to_numpy())
+            .mean()
+            for x in (a, b)
+        ]
+        both = pd.concat(means, axis=1).dropna().to_numpy()
+        a, b = both.T
     a, b = np.asarray(a, float), np.asarray(b, float)
     found = metrics.paired_sign_flip(a, b, groups, seed=seed)._asdict()
     return {**found, "detectable": metrics.detectable_difference(a - b, groups)}
+
+
+def scores(found: dict) -> dict:
+    """P@1 of each outcomes in a dict."""
+    return {name: p_at_1(outcomes) for name, outcomes in found.items()}
+
+
+def summary(found: dict, by=None) -> dict:
+    """P@1 on every task, macro over labels, and for each value of ``by``.
+
+    Parameters
+    ----------
+    found : dict of outcomes
+        From `tasks`.
+    by : (n,) array, optional
+        One value a patch (preparation, site); values of fewer than two patients are
+        left out, since they have no interval.
+    """
+    organ, row = found["organ"], scores(found)
+    by = pd.Series([None] * len(organ) if by is None else np.asarray(by))
+    for value, part in organ.groupby(by.to_numpy()):
+        if part["patient"].nunique() > 1:
+            row[value] = p_at_1(part)
+    return row | {"macro": macro(organ)}
+
+
+def family(runs: dict, reference: str, others, tasks) -> dict:
+    """Compare a system with others on several tasks; Holm over all comparisons.
+
+    Returns
+    -------
+    dict
+        ``{other: {task: compared(reference, other) with "p_holm"}}``
+    """
+    found = {
+        other: {
+            task: compared(runs[reference][task], runs[other][task]) for task in tasks
+        }
+        for other in others
+    }
+    every = [comparison for row in found.values() for comparison in row.values()]
+    adjusted = metrics.holm([comparison["p"] for comparison in every])
+    for comparison, p in zip(every, adjusted, strict=True):
+        comparison["p_holm"] = float(p)
+    return found
 
 
 def report(found: dict) -> pd.DataFrame:
@@ -233,8 +227,3 @@ def _text(value):
         return "{score:.3f} [{low:.2f}, {high:.2f}]".format(**value)
     line = "{difference:+.3f} [{low:+.2f}, {high:+.2f}]; p = {p:.3f}; ±{detectable:.2f}"
     return line.format(**value)
-
-
-def _same(table, name):
-    values = table[name].to_numpy()
-    return values[:, None] == values

@@ -20,15 +20,15 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))["project"]
 # Who may import whom of the package; files of one floor do not import each other.
 FLOORS = [
     {
-        *("provenance", "phantom", "slides", "embeddings"),
+        *("provenance", "textures", "slides", "embeddings"),
         *("networks", "losses", "metrics", "plots"),
         "published",  # the audit's facts
         # split off from the design's catalog, mosaic and search, to stay readable
         *("datasets", "batch", "cellularity", "barcodes", "exclusion"),
     },
-    {"patches", "mosaic", "search"},
+    {"patches", "mosaic", "search", "phantom"},
     {"catalog", "loaders", "protocols"},
-    {"training", "encoders", "baselines", "bench"},
+    {"training", "encoders", "baselines", "bench", "pitfalls"},
 ]
 MAY_IMPORT_TORCH = {"networks", "losses", "loaders", "encoders", "training"}
 MODULES = sorted((ROOT / "histo_utils").glob("*.py"))

@@ -1,0 +1,178 @@
+"""Pitfalls: what makes a retrieval score too good, each as a number.
+
+Copies and ties, touching patches, sites and preparations, and patches taken for
+independent. Functions return one value a query; `bench.scored` adds the interval.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+from scipy.spatial.distance import cdist
+
+from histo_utils import patches, protocols
+from histo_utils.barcodes import minmax_barcode
+from histo_utils.embeddings import Embeddings
+
+
+def nearest(outcomes: pd.DataFrame) -> np.ndarray:
+    """Gallery row of each query's nearest neighbour."""
+    return np.stack(outcomes["neighbours"].to_list())[:, 0]
+
+
+def touching(table: pd.DataFrame) -> np.ndarray:
+    """Whether each pair of patches overlaps or touches; bool (n, n)."""
+    pairs = patches.touching_pairs(table)
+    found = np.zeros((len(table), len(table)), bool)
+    found[pairs[:, 0], pairs[:, 1]] = found[pairs[:, 1], pairs[:, 0]] = True
+    return found
+
+
+def plant_copies(embeddings: Embeddings, share: float, seed: int = 0) -> Embeddings:
+    """Replace vectors of the second half by copies from the first, labels differing.
+
+    As when one image was filed under two classes. ``share`` of all rows become copies,
+    at most as many as have another label than their partner.
+    """
+    half, label = len(embeddings) // 2, embeddings.table["label"].to_numpy()
+    differ = np.flatnonzero(label[:half] != label[half : 2 * half])
+    chosen = np.random.default_rng(seed).permutation(differ)
+    chosen = chosen[: round(share * len(embeddings))]
+    vectors = embeddings.vectors.copy()
+    vectors[chosen + half] = vectors[chosen]
+    return Embeddings(vectors, embeddings.table)
+
+
+def by_position(embeddings: Embeddings) -> np.ndarray:
+    """Whether the label at rank position 1 is right, position 0 taken for the query.
+
+    The rule of easonyang1996/DML_HistoImgRetrieval at commit 9b01805 (there on cosine
+    similarities, here on Euclidean distances); equal distances by row.
+    """
+    label = embeddings.table["label"].to_numpy()
+    order = np.argsort(cdist(embeddings.vectors, embeddings.vectors), 1, kind="stable")
+    return label[order[:, 1]] == label
+
+
+def barcode_ties(embeddings: Embeddings) -> dict:
+    """Judge the nearest barcode of another patient where several are equally near.
+
+    Returns
+    -------
+    dict of (n,) arrays
+        ``tied`` (more than one is nearest), and the score of each query if all of them
+        must be right (``worst``), by the lower row (``lower_row``), if one is drawn
+        (``expected``), and if one right suffices (``best``).
+    """
+    bits, table = minmax_barcode(embeddings.vectors).astype(bool), embeddings.table
+    label = table["label"].to_numpy()
+    far = cdist(bits, bits, "hamming")
+    far[_same(table, "patient")] = np.inf
+    near = far == far.min(axis=1, keepdims=True)
+    share = (near & _same(table, "label")).sum(axis=1) / near.sum(axis=1)
+    return {
+        "tied": near.sum(axis=1) > 1, "worst": share == 1,
+        "lower_row": label[far.argmin(axis=1)] == label,
+        "expected": share, "best": share > 0,
+    }  # fmt: skip
+
+
+def false_alarms(differences, groups, n: int = 2000, level=0.05, seed: int = 0) -> dict:
+    """How often t-tests find a difference where there is none.
+
+    In each of n experiments the two systems change places at random, all patches of a
+    patient together, so that neither is better. Share of them that a t-test over
+    ``patches`` and one over ``patients`` (means) rejects at ``level``.
+    """
+    differences, codes = np.asarray(differences, float), pd.factorize(groups)[0]
+    means = np.bincount(codes, differences) / np.bincount(codes)
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (n, len(means)))
+    tests = {"patches": signs[:, codes] * differences, "patients": signs * means}
+    return {
+        unit: float((stats.ttest_1samp(values, 0, axis=1).pvalue < level).mean())
+        for unit, values in tests.items()
+    }
+
+
+def within_and_across(embeddings: Embeddings, column: str, **how) -> pd.DataFrame:
+    """Search other patients that share a column's value, and those that do not.
+
+    What a score loses *across* sites or preparations, beyond what it loses by chance,
+    is what it owed to them. Only queries whose label other patients have on both sides
+    are asked, the same ones both times.
+
+    Returns
+    -------
+    DataFrame
+        One row a query: ``query`` (its row), ``patient``, ``within`` and ``across``
+        (1 where the nearest had the label), ``chance_within``, ``chance_across``.
+
+    Raises
+    ------
+    ValueError
+        If no label occurs on both sides: the column and the label are nested.
+    """
+    table = embeddings.table
+    value, label = table[column].to_numpy(), table["label"].to_numpy()
+    others = ~_same(table, "patient")
+    alike, right = _same(table, column), _same(table, "label")
+    sides = {"within": others & alike, "across": others & ~alike}
+    asked = np.all([(may & right).any(axis=1) for may in sides.values()], axis=0)
+    if not asked.any():
+        raise ValueError(
+            f"no label occurs with two values of {column!r} in other patients: the two "
+            "are nested, and what either contributes cannot be told apart"
+        )
+    rows = np.flatnonzero(asked)
+    found = pd.DataFrame({"query": rows, "patient": table["patient"].to_numpy()[rows]})
+    for side, may in sides.items():
+        hit = np.zeros(len(table))
+        for name in np.unique(value[asked].astype(str)):
+            here = value.astype(str) == name
+            queries, gallery = np.flatnonzero(asked & here), here == (side == "within")
+            near = protocols.train_gallery(
+                embeddings.take(queries), embeddings.take(gallery), 1, "patient",
+                allow_shared_patients=True, **how,
+            )  # fmt: skip
+            hit[queries] = near["predicted"].to_numpy() == label[queries]
+        found[side] = hit[rows]
+        found[f"chance_{side}"] = ((may & right).sum(1)[rows]) / may.sum(1)[rows]
+    return found
+
+
+def by_chance(table: pd.DataFrame, column: str, within: str | None = None):
+    """Share of other patients' patches that agree with each patch in a column; (n,).
+
+    What the nearest neighbour would score if it were drawn at random from the other
+    patients, or with ``within`` from those of them that agree in that column too; NaN
+    where there are none.
+    """
+    may = ~_same(table, "patient")
+    may = may & _same(table, within) if within else may
+    agree, allowed = (may & _same(table, column)).sum(axis=1), may.sum(axis=1)
+    return np.where(allowed > 0, agree / np.maximum(allowed, 1), np.nan)
+
+
+def nesting(table: pd.DataFrame, column: str) -> dict:
+    """Count what could tell a column (site) from the label, over patients.
+
+    Pairs of patients with the same value and other labels are the contrast that is
+    needed; where there are none, the column is nested in the label.
+    """
+    first = table.drop_duplicates("patient")
+    pairs = np.triu_indices(len(first), 1)
+    alike, right = _same(first, column)[pairs], _same(first, "label")[pairs]
+    labels = first.groupby(column)["label"].nunique()
+    return {
+        "values": len(labels), "values_with_one_label": int((labels == 1).sum()),
+        "same_value_same_label": int((alike & right).sum()),
+        "same_value_other_label": int((alike & ~right).sum()),
+        "other_value_same_label": int((~alike & right).sum()),
+        "other_value_other_label": int((~alike & ~right).sum()),
+    }  # fmt: skip
+
+
+def _same(table, name):
+    values = table[name].to_numpy()
+    return values[:, None] == values
