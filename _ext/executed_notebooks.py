@@ -7,7 +7,8 @@ and the download stay those of the source. A copy that is missing, failed or sta
 a warning, hence an error under ``-W``.
 
 It also makes ``results/tissue/<chapter>.json`` available to the prose of every page:
-``{{ "{:.2f}".format(r.ch02.table.dice) }}``.
+``{{ "{:.2f}".format(r.ch02.table.dice) }}``, or for a score with its interval
+``{{ r.ch02.table.dice.ci }}``.
 """
 
 import json
@@ -68,11 +69,23 @@ def results_key(stem):
     return f"ch{number[1]}" if number else re.sub(r"\W", "_", stem)
 
 
+def with_text(found):
+    """Add ``ci``, the words for a score or a difference with its interval."""
+    for name, form in (("score", "{:.2f}"), ("difference", "{:+.2f}")):
+        if {name, "low", "high"} <= set(found):
+            value, low, high = (form.format(found[k]) for k in (name, "low", "high"))
+            found["ci"] = f"{value} [{low}, {high}]"
+    return found
+
+
 def read_results(folder):
     """Read every results file of a folder."""
-    paths = sorted(Path(folder).glob("*.json"))
     return Results(
-        (results_key(p.stem), json.loads(p.read_text("utf8"))) for p in paths
+        (
+            results_key(path.stem),
+            json.loads(path.read_text("utf8"), object_hook=with_text),
+        )
+        for path in sorted(Path(folder).glob("*.json"))
     )
 
 

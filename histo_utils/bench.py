@@ -209,21 +209,44 @@ def family(runs: dict, reference: str, others, tasks) -> dict:
     return found
 
 
+def sides(found: pd.DataFrame) -> dict:
+    """Scores, difference and chance of `pitfalls.within_and_across`."""
+    patient = found["patient"]
+    row = {side: scored(found[side], patient) for side in ("within", "across")}
+    row["difference"] = compared(found["within"], found["across"], patient)
+    row |= found.filter(like="chance").mean().to_dict()
+    return row | {"patients": patient.nunique()}
+
+
+def column(found: dict, entry: str) -> pd.DataFrame:
+    """Take one entry of every cell of ``{row: {column: {entry: …}}}``; transposed."""
+    return pd.DataFrame(
+        {row: {name: cell[entry] for name, cell in cells.items()}
+         for row, cells in found.items()}
+    )  # fmt: skip
+
+
 def report(found: dict) -> pd.DataFrame:
-    """Turn ``{row: {column: scored or compared}}`` into a table of text."""
-    return pd.DataFrame.from_dict(
+    """Turn ``{row: {column: scored or compared}}`` into a table of text.
+
+    Underscores of column names become spaces, so that a page can break them.
+    """
+    table = pd.DataFrame.from_dict(
         {
             row: {name: _text(value) for name, value in values.items()}
             for row, values in found.items()
         },
         orient="index",
     ).fillna("not run")
+    return table.rename(columns=lambda name: str(name).replace("_", " "))
 
 
 def _text(value):
     if not isinstance(value, dict):
         return f"{value:.3f}" if isinstance(value, float) else value
     if "score" in value:
-        return "{score:.3f} [{low:.2f}, {high:.2f}]".format(**value)
-    line = "{difference:+.3f} [{low:+.2f}, {high:+.2f}]; p = {p:.3f}; ±{detectable:.2f}"
-    return line.format(**value)
+        return "{score:.3f}\u00a0[{low:.2f},\u00a0{high:.2f}]".format(**value)
+    p = value.get("p_holm", value["p"])
+    p = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    line = "{difference:+.3f} [{low:+.2f},\u00a0{high:+.2f}]; {p}; ±{detectable:.2f}"
+    return line.format(**value | {"p": p})

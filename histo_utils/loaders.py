@@ -5,17 +5,13 @@ image, for `colour`, `grey` and `StainMatch`. *Preparing* then turns the image i
 a network takes: `Preprocessing`. The two are kept apart because the first is a choice
 of the experiment and the second a property of the network.
 
-References
-----------
-.. [1] M. Macenko et al., "A method for normalizing histology slides for quantitative
-   analysis", IEEE International Symposium on Biomedical Imaging (ISBI), 2009.
+Stains are fitted after Macenko et al. (ISBI 2009), by `cellularity.macenko_stains`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -38,14 +34,13 @@ _FAINT = 0.15  # mean density below which a pixel is glass, as in `cellularity`
 _MIN_SCALE = 0.05  # 99th percentile of a stain's amount below which it is not there
 _MIN_PIXELS = 100
 _FIT_PIXELS = 2**17  # pixels a slide's fit looks at
-_owner = [os.getpid()]  # the process whose slides are open
 
 
 class PatchDataset(Dataset):
     """Patches of a table as tensors, read when asked for.
 
     Slides are opened on first use, in the process that uses them: the data set holds
-    no file, so it can be pickled, and a forked worker does not share its parent's.
+    no file, so it can be pickled, and a `Slide` opens its file anew after a fork.
 
     Parameters
     ----------
@@ -74,9 +69,6 @@ class PatchDataset(Dataset):
 
     def __getitem__(self, position):
         """Return the prepared patch and its position in the table."""
-        if _owner[0] != os.getpid():  # forked: let go of the parent's open slides
-            patches._opened.cache_clear()
-            _owner[0] = os.getpid()
         row = self.table.iloc[position]
         image = self.transform(patches.read_patch(row), row["slide"])
         return self.prepare(image), position
@@ -213,7 +205,7 @@ class StainFit(NamedTuple):
 
 
 def fit_stains(images) -> StainFit:
-    """Fit stain vectors and amounts to images of **one slide** [1]_.
+    """Fit stain vectors and amounts to images of **one slide** (Macenko et al. 2009).
 
     Parameters
     ----------
@@ -242,7 +234,7 @@ def fit_stains(images) -> StainFit:
 
 @dataclass(frozen=True)
 class StainMatch:
-    """Give every slide the stains of a target [1]_.
+    """Give every slide the stains of a target, after Macenko et al. 2009.
 
     Stain vectors and the scale of the amounts are fitted once a **slide**, not a tile:
     fitted tile by tile, a tile without nuclei would be painted until it had some.

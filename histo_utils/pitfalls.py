@@ -21,6 +21,15 @@ def nearest(outcomes: pd.DataFrame) -> np.ndarray:
     return np.stack(outcomes["neighbours"].to_list())[:, 0]
 
 
+def agrees(outcomes: pd.DataFrame, values) -> np.ndarray:
+    """Whether each query's nearest agrees with it; one value a patch of the table.
+
+    For searches of a table in itself, such as `protocols.leave_one_patient_out`.
+    """
+    values = np.asarray(values)
+    return values == values[nearest(outcomes)]
+
+
 def touching(table: pd.DataFrame) -> np.ndarray:
     """Whether each pair of patches overlaps or touches; bool (n, n)."""
     pairs = patches.touching_pairs(table)

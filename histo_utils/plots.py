@@ -10,10 +10,12 @@ import zlib
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.collections import PatchCollection
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
+from scipy.spatial.distance import cdist
 
 # Paul Tol's muted set, and two greys-with-hue for what it lacks.
 PALETTE = (
@@ -28,6 +30,7 @@ CLASSES = (
     ("FFPE", "frozen"),
     ("train", "validation", "test"),
 )  # fmt: skip
+MARKERS = "osD^vP<>X*"
 LENGTHS = (5, 10, 20, 25, 50, 100, 200, 250, 500, 1000, 2000, 5000, 10_000)  # µm
 
 
@@ -194,7 +197,10 @@ def intervals(ax, scores, chance=None, colour=PALETTE[0]):
     """
     for place, found in enumerate(scores.values()):
         if found is None:
-            ax.text(0.02, place, "not run", va="center", fontsize=8, color="0.45")
+            ax.text(
+                0.02, place, "not run", va="center", fontsize=8, color="0.45",
+                bbox={"facecolor": ax.get_facecolor(), "edgecolor": "none", "pad": 1},
+            )  # fmt: skip
             continue
         ax.plot([found["low"], found["high"]], [place] * 2, color=colour, lw=1.6)
         ax.plot(found["score"], place, "o", color=colour, ms=5)
@@ -204,3 +210,163 @@ def intervals(ax, scores, chance=None, colour=PALETTE[0]):
     ax.set_yticks(range(len(scores)), list(scores))
     ax.grid(axis="x", color="0.9")
     ax.set_axisbelow(True)
+
+
+def forest(panels, chances, columns=3, inch=0.21):
+    """Draw a panel of `intervals` for each task, systems from top to bottom.
+
+    Parameters
+    ----------
+    panels : dict
+        Title to ``{system: {"score", "low", "high"} or None}``; the same systems in
+        every panel.
+    chances : dict
+        Title to what chance scores there.
+    columns : int
+        Panels side by side.
+    inch : float
+        Height of one system's line.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    lines = len(next(iter(panels.values())))
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(9.5, rows * (0.75 + inch * lines)),
+        sharex=True, sharey=True, squeeze=False,
+    )  # fmt: skip
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
+    for ax, (title, scores) in zip(axes.flat, panels.items(), strict=False):
+        intervals(ax, scores, chances[title])
+        ax.set_title(title)
+    for ax in axes[-1]:
+        ax.set_xlabel("P@1")
+    return figure
+
+
+def confusion(ax, outcomes):
+    """Show what the queries of each label were answered with; rows sum to 100 %.
+
+    Parameters
+    ----------
+    ax : matplotlib.axes.Axes
+    outcomes : pandas.DataFrame
+        ``label``, ``predicted``, ``patient``.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Counts, rows the truth.
+    """
+    import seaborn  # here, since it takes a second and other chapters need none of it
+
+    label, patient = outcomes["label"], outcomes["patient"]
+    names = sorted({*label, *outcomes["predicted"]})
+    counts = pd.crosstab(label, outcomes["predicted"])
+    counts = counts.reindex(index=sorted(set(label)), columns=names, fill_value=0)
+    patients = patient.groupby(label).nunique()
+    sizes = counts.sum(axis=1)
+    seaborn.heatmap(
+        100 * counts.div(sizes, axis=0), ax=ax, annot=True, fmt=".0f", cmap="Blues",
+        vmin=0, vmax=100, linewidths=0.5, square=True, annot_kws={"size": 8},
+        cbar_kws={"label": "% of the label's queries", "shrink": 0.7},
+    )  # fmt: skip
+    ax.set(xlabel="label of the nearest neighbour", ylabel="label of the query")
+    lines = [f"{name} ({sizes[name]} of {patients[name]})" for name in counts.index]
+    ax.set_yticks(np.arange(len(lines)) + 0.5, lines, rotation=0)
+    ax.tick_params(axis="x", rotation=40)
+    return counts
+
+
+def scatter_by(ax, points, values):
+    """Draw points (n, 2), one colour and one marker a value, with a legend.
+
+    Axes have no ticks: in a UMAP neither place nor distance has a unit.
+    """
+    values = np.asarray(values).astype(str)
+    for i, name in enumerate(np.unique(values)):
+        x, y = np.asarray(points)[values == name].T
+        marker = MARKERS[i % len(MARKERS)]
+        colour = colour_of(name)
+        ax.scatter(
+            x, y, s=14, marker=marker, color=colour, label=name, alpha=0.75, lw=0
+        )
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    ax.legend(
+        loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, fontsize=8,
+        markerscale=1.4, handletextpad=0.1, columnspacing=1,
+    )  # fmt: skip
+
+
+def neighbours_kept(vectors, points, k=10, metric="euclidean"):
+    """Share of each vector's k nearest others that are k nearest on a map, too; (n,).
+
+    Parameters
+    ----------
+    vectors : (n, d) array
+        What was mapped, compared by ``metric`` ("euclidean" or "cosine").
+    points : (n, 2) array
+        The map, compared by Euclidean distance. All pairs are held at once: for some
+        thousands of points.
+
+    Raises
+    ------
+    ValueError
+        k beyond the other points.
+    """
+    if not 1 <= k < len(vectors):
+        raise ValueError(f"k={k} for {len(vectors)} points; expected 1 to n - 1")
+    near = np.zeros((2, len(vectors), len(vectors)), bool)
+    for found, space, how in zip(
+        near, (vectors, points), (metric, "euclidean"), strict=True
+    ):
+        far = cdist(space, space, how)
+        np.fill_diagonal(far, np.inf)
+        order = np.argsort(far, axis=1, kind="stable")[:, :k]
+        np.put_along_axis(found, order, True, axis=1)
+    return near.all(axis=0).sum(axis=1) / k
+
+
+def retrieval_atlas(searches, names, mpp=None, inch=1.2):
+    """Show queries with what was found for them, a row a search.
+
+    Parameters
+    ----------
+    searches : sequence of sequences of (image, title, colour)
+        The query first, then its neighbours, nearest first. Images are uint8
+        (h, w, 3); the colour is that of the frame.
+    names : sequence of str
+        Said at the left of each row.
+    mpp : float, optional
+        µm per pixel; the very first image gets the scale bar, which holds for all.
+    inch : float
+        Width of one image.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    wide = max(len(search) for search in searches)
+    figure, axes = plt.subplots(
+        len(searches), wide + 1, squeeze=False,
+        figsize=((wide + 0.2) * inch, len(searches) * inch * 1.32),
+        width_ratios=[1, 0.15] + [1] * (wide - 1),
+    )  # fmt: skip
+    for ax in axes.flat:
+        ax.set_axis_off()
+    bar = mpp
+    for line, search, name in zip(axes, searches, names, strict=True):
+        places = [line[0], *line[2:]]
+        for ax, (image, title, colour) in zip(places, search, strict=False):
+            ax.set_axis_on()
+            show_tissue(ax, image, bar)
+            ax.set_title(title, fontsize=6.5, pad=2)
+            ax.spines[:].set(visible=True, color=colour, linewidth=2.5)
+            bar = None
+        line[0].set_ylabel(name, fontsize=7)
+    return figure

@@ -2,19 +2,19 @@
 
 Outcomes are a DataFrame with one row a query, and every metric takes them:
 
-=================== ==========================================================
-``query``           row of the query in its Embeddings (a slide's place in
-                    `slide_search`)
-``label``           its label
-``predicted``       label of the nearest neighbour; the vote of the k nearest
-                    in `slide_search`; the classifier's answer in `linear_probe`
-``patient, slide``  of the query (None where the table does not know)
-``neighbours``      (k,) gallery rows, nearest first; None for classifiers
-``neighbour_labels``  their labels; None for classifiers
-``distances``       their distances; None for classifiers
-``relevant``        how many gallery items that the query may find share its
-                    label (the R of MAP@R); None for classifiers
-=================== ==========================================================
+======================  =======================================================
+``query``               row of the query in its Embeddings (a slide's place in
+                        `slide_search`)
+``label``               its label
+``predicted``           label of the nearest neighbour; the vote of the k nearest
+                        in `slide_search`; the classifier's answer in `linear_probe`
+``patient``, ``slide``  of the query (None where the table does not know)
+``neighbours``          (k,) gallery rows, nearest first; None for classifiers
+``neighbour_labels``    their labels; None for classifiers
+``distances``           their distances; None for classifiers
+``relevant``            how many gallery items that the query may find share its
+                        label (the R of MAP@R); None for classifiers
+======================  =======================================================
 """
 
 from __future__ import annotations

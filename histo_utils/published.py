@@ -7,8 +7,6 @@ the only results typed by hand in this project; tests compare them with
 
 from __future__ import annotations
 
-from types import MappingProxyType
-
 import numpy as np
 
 # Kimia Path24: test patches of scans s0 … s23, 1,325 in all.
@@ -31,20 +29,55 @@ YANG_ERRORS = (
 YANG_ETA = (0.9788679245283018, 0.9699727818477818, 0.9494752438162815)
 
 # Kieffer et al. 2017, Table 1 in percent: η_p, η_w, η_total. CNN1: Babaie et al. 2017.
-KIEFFER_TABLE = MappingProxyType(
-    {
-        "CNN1": (64.98, 64.75, 41.80),
-        "FE-VGG16": (65.21, 64.96, 42.36),
-        "TL-VGG16": (63.85, 66.23, 42.29),
-        "FE-Inception-v3": (70.94, 71.24, 50.54),
-        "TL-Inception-v3": (74.87, 76.10, 56.98),
-    }
-)
+KIEFFER_TABLE = {
+    "CNN1": (64.98, 64.75, 41.80),
+    "FE-VGG16": (65.21, 64.96, 42.36),
+    "TL-VGG16": (63.85, 66.23, 42.29),
+    "FE-Inception-v3": (70.94, 71.24, 50.54),
+    "TL-Inception-v3": (74.87, 76.10, 56.98),
+}
 KIEFFER_GAIN = 8.74  # "≈ 8.74 %" of the same paper's text
 
 # LGFFEM (Nuñez-Fernández et al. 2025), Kimia Path24C, checkpoint of epoch 499, percent.
 # Source: output of notebook 02, camilo-nunez/ffnir at commit cac8757.
 LGFFEM_ETA = (99.40, 99.47, 98.87)
+
+RECOMPUTED = "recomputed from what was released"
+ELSEWHERE = "re-implemented on other data"
+_PAPER = "not run: make book PROFILE=paper, with the paper's data (chapter {}, planned)"
+# What chapter 3 looks at: key, work, claim, published value, what was found here (a
+# format for its numbers), tag.
+CLAIMS = (
+    ("yang", "Yang 2019", "η_p, η_w, η_total", "97.89 / 97.00 / 94.95",
+     "{:.2f} / {:.2f} / {:.2f}", RECOMPUTED),
+    ("scorer", "Path24's Python scorer", "η_w is mean recall", "–",
+     "{:.3f} on Yang's matrix; mean recall is {:.3f}", RECOMPUTED),
+    ("gallery", "Yang 2019 beside Kieffer 2017", "one ranking", "–",
+     "P@1 {:.3f} test among test, {:.3f} against a training half", ELSEWHERE),
+    ("duplicate", "Yang 2019", "position 1 is the nearest other", "–",
+     "{:+.3f} by 5 % planted copies", ELSEWHERE),
+    ("cutoff", "LGFFEM 2025", "Recall@1 on Path24C", "99.40",
+     "random vectors: {:.1f} ± {:.1f}", ELSEWHERE),
+    ("recall", "LGFFEM 2025", "true Recall@1", "–", "–", _PAPER.format("08")),
+    ("kieffer_product", "Kieffer 2017", "CNN1, η_total", "41.80", "{:.2f}",
+     RECOMPUTED),
+    ("kieffer_gain", "Kieffer 2017", "gain over CNN1", "8.74", "{:.2f}", RECOMPUTED),
+    ("tl", "Kieffer 2017", "TL-Inception, η_total", "56.98", "–", _PAPER.format("04")),
+    ("ftx", "Li 2022", "accuracy, 9 tissues", "98.4", "–", _PAPER.format("06")),
+    ("kimianet", "KimiaNet 2021", "F1, vertical search", "–", "–",
+     _PAPER.format("10")),
+    ("map_at_r", "AccuracyCalculator(k=10)", "MAP@R", "–",
+     "{:.3f} in full, {:.3f} by k=10, {:.3f} by k=max_bin_count", ELSEWHERE),
+)  # fmt: skip
+
+
+def claims(here: dict) -> list[dict]:
+    """Put the numbers found here, a sequence for each key, into the table of claims."""
+    return [
+        {"work": work, "claim": claim, "published": value,
+         "here": form.format(*here[key]) if key in here else form, "tag": tag}
+        for key, work, claim, value, form, tag in CLAIMS
+    ]  # fmt: skip
 
 
 def path24_labels() -> np.ndarray:

@@ -69,18 +69,6 @@ def test_compared_weighs_patients_alike():
     assert found["difference"] == 0.5 and found["n"] == 2
 
 
-def test_by_chance_equals_loops(archive):
-    table = archive.table
-    found = bench.by_chance(table, "label", within="site")
-    for row in (0, 40, 127):
-        mine = table.iloc[row]
-        others = table[(table["patient"] != mine["patient"])]
-        others = others[others["site"] == mine["site"]]
-        assert found[row] == pytest.approx((others["label"] == mine["label"]).mean())
-    alone = bench.by_chance(table, "label", within="patient")
-    assert np.isnan(alone).all()
-
-
 def test_galleries_ask_the_same_queries(archive):
     found = bench.galleries(archive, metric="euclidean")
     assert {len(out) for out in found.values()} == {32}
@@ -96,29 +84,6 @@ def test_exclusions_start_from_the_query_itself(archive):
     assert metrics.accuracy(found["nothing"]) == 1
 
 
-def test_within_and_across_by_loops(archive):
-    table = archive.table
-    found = bench.within_and_across(archive, "site", metric="euclidean")
-    assert len(found) == 128
-    for row in (3, 70, 127):
-        mine = table.iloc[row]
-        far = ((archive.vectors - archive.vectors[row]) ** 2).sum(1)
-        for side in ("within", "across"):
-            same = (table["site"] == mine["site"]).to_numpy()
-            may = (table["patient"] != mine["patient"]).to_numpy()
-            may = may & (same == (side == "within"))
-            near = table.iloc[np.where(may, far, np.inf).argmin()]
-            assert found[side][row] == (near["label"] == mine["label"])
-            chance = (table[may]["label"] == mine["label"]).mean()
-            assert found[f"chance_{side}"][row] == pytest.approx(chance)
-
-
-def test_nested_labels_are_refused(archive):
-    nested = archive.table.assign(site=archive.table["label"].to_numpy())
-    with pytest.raises(ValueError, match="nested"):
-        bench.within_and_across(Embeddings(archive.vectors, nested), "site")
-
-
 def test_report_says_what_was_not_run(archive):
     out = protocols.leave_one_patient_out(archive, 1)
     shown = bench.report(
@@ -128,4 +93,38 @@ def test_report_says_what_was_not_run(archive):
         }
     )
     assert shown.loc["network"].tolist() == ["not run", "not run"]
-    assert shown.loc["ours", "difference"].startswith("+0.000 [+0.00, +0.00]; p = 1")
+    assert shown.loc["ours", "difference"].startswith(
+        "+0.000 [+0.00,\u00a0+0.00]; p = 1"
+    )
+
+
+def test_compared_by_patient_where_queries_differ(archive):
+    out = protocols.leave_one_patient_out(archive, 1)
+    fewer = out[::4]
+    found = bench.compared(out, fewer)
+    right = metrics.accuracy(out, per_query=True).reshape(8, 16)
+    expected = (right.mean(1) - right[:, ::4].mean(1)).mean()
+    assert found["difference"] == pytest.approx(expected) and found["n"] == 8
+
+
+def test_summary_and_family(archive):
+    runs = {"a": bench.tasks(archive), "b": bench.tasks(archive, metric="euclidean")}
+    row = bench.summary(runs["a"], archive.table["site"])
+    assert {"organ", "macro", "A", "B"} <= set(row) and row["A"]["n"] == 4
+    assert "A" not in bench.summary(runs["a"])
+    found = bench.family(runs, "a", ["b"], ["scan_split", "organ"])["b"]
+    p = [comparison["p"] for comparison in found.values()]
+    adjusted = [comparison["p_holm"] for comparison in found.values()]
+    np.testing.assert_allclose(adjusted, metrics.holm(p))
+
+
+def test_sides_and_column():
+    found = pd.DataFrame(
+        {"patient": [0, 0, 1, 1], "within": [1, 1, 1, 0], "across": [0, 0, 1, 0],
+         "chance_within": 0.5, "chance_across": 0.25}
+    )  # fmt: skip
+    row = bench.sides(found)
+    assert row["within"]["score"] == 0.75 and row["patients"] == 2
+    assert row["difference"]["difference"] == 0.5 and row["chance_across"] == 0.25
+    cells = {name: row[name] for name in ("within", "across")}
+    assert bench.column({"ours": cells}, "score")["ours"].tolist() == [0.75, 0.25]

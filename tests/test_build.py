@@ -277,3 +277,15 @@ def test_no_request_leaves_a_page(small_book, tmp_path, name):
     # The browser's own errands (updates, spelling) come from no origin.
     urls = {a["url"] for a in asked if a["initiator"] != "not an origin"}
     assert urls == {canary}
+
+
+def test_a_score_carries_its_words(tmp_path):
+    sys.path.insert(0, str(ROOT / "_ext"))
+    from executed_notebooks import read_results
+
+    score = {"score": 0.8371, "low": 0.8, "high": 0.9}
+    gap = {"difference": 0.0512, "low": -0.1, "high": 0.2}
+    (tmp_path / "02_x.json").write_text(json.dumps({"a": {"dice": score}, "b": gap}))
+    found = read_results(tmp_path)["ch02"]
+    assert found["a"]["dice"]["ci"] == "0.84 [0.80, 0.90]"
+    assert found["b"]["ci"] == "+0.05 [-0.10, +0.20]"

@@ -55,3 +55,12 @@ def test_expected_cutoff_score_is_the_mean_over_random_vectors():
     error = np.std(draws, axis=0) / np.sqrt(len(draws))
     expected = published.expected_cutoff_score(sizes)
     assert (abs(np.mean(draws, axis=0) - expected) < 4 * error).all()
+
+
+def test_claims_carry_what_was_found():
+    numbers = {key: [0.5] * form.count("{") for key, *_, form, _ in published.CLAIMS}
+    rows = published.claims({key: n for key, n in numbers.items() if n})
+    found = [row["here"] for row in rows if row["work"] == "LGFFEM 2025"]
+    assert found == ["random vectors: 0.5 ± 0.5", "–"]
+    tags = (published.RECOMPUTED, published.ELSEWHERE, "not run: make book")
+    assert all(row["tag"].startswith(tags) for row in rows)

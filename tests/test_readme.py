@@ -28,7 +28,7 @@ def test_a_changed_result_makes_the_readme_stale(tmp_path):
     path.write_text(json.dumps(found))
     table = readme.results(tmp_path)
     assert "| 0.25 [0.20, 0.30], chance 0.14 | 43 patients |" in table
-    assert table.count("not run") == 3
+    assert table.count("not run") == len(readme.HEADLINES) - 2
     found["colour"]["label"] = {**row, "P@1": 0.9}
     path.write_text(json.dumps(found))
     assert readme.results(tmp_path) != table
