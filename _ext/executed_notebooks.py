@@ -72,7 +72,8 @@ def results_key(stem):
 def with_text(found):
     """Add ``ci``, the words for a score or a difference with its interval."""
     for name, form in (("score", "{:.2f}"), ("difference", "{:+.2f}")):
-        if {name, "low", "high"} <= set(found):
+        # where a difference has ends of its own, low and high are another value's
+        if {name, "low", "high"} <= set(found) and f"{name}_low" not in found:
             value, low, high = (form.format(found[k]) for k in (name, "low", "high"))
             found["ci"] = f"{value} [{low}, {high}]"
     return found
