@@ -160,16 +160,16 @@ class Archive:
         n = len(self.embeddings)
         ids = np.empty((len(vectors), k), np.int64)
         distances = np.empty((len(vectors), k))
-        todo, keep = np.arange(len(vectors)), min(n, k + _SPARE)
-        while todo.size:
-            width = min(n, keep + int((n - banned.left[todo]).max()))
+        unranked, keep = np.arange(len(vectors)), min(n, k + _SPARE)
+        while unranked.size:
+            width = min(n, keep + int((n - banned.left[unranked]).max()))
             step = max(1, _CELLS // max(width, vectors.shape[1]))
             unsure = []
-            for part in np.split(todo, range(step, todo.size, step)):
+            for part in np.split(unranked, range(step, unranked.size, step)):
                 best, sure = self._round(vectors, part, k, keep, width, banned)
                 ids[part], distances[part] = best
                 unsure.append(part[~sure])
-            todo, keep = np.concatenate(unsure), min(n, 4 * keep)
+            unranked, keep = np.concatenate(unsure), min(n, 4 * keep)
         return Neighbours(ids, distances)
 
     def _round(self, vectors, rows, k, keep, width, banned):

@@ -85,3 +85,24 @@ def patches():
             "site": np.repeat(["A", "A", "B", "B"], 3),
         }
     )  # fmt: skip
+
+
+@pytest.fixture
+def bench_archive():
+    """Embeddings: eight slides of eight patients, 4 × 4 patches each, two labels."""
+    from histo_utils.embeddings import Embeddings
+
+    y, x = (grid.ravel() * 250 for grid in np.mgrid[0:4, 0:4])
+    slide = np.repeat(np.arange(8), 16)
+    table = pd.DataFrame(
+        {
+            "image": "none", "x": np.tile(x, 8), "y": np.tile(y, 8), "size": 250,
+            "mpp": 0.25, "slide_mpp": 0.25, "slide": slide.astype(str),
+            "patient": slide, "label": np.array(["a", "b"])[slide % 2],
+            "fold": slide // 2, "site": np.array(["A", "B"])[slide // 4],
+        }
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    own = rng.standard_normal((8, 5))[slide]
+    vectors = own + rng.standard_normal((128, 5))
+    return Embeddings(vectors.astype(np.float32), table)

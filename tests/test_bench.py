@@ -5,51 +5,31 @@ import pandas as pd
 import pytest
 
 from histo_utils import bench, metrics, protocols
-from histo_utils.embeddings import Embeddings
 
 
-@pytest.fixture
-def archive():
-    """Eight slides of eight patients, 4 × 4 patches each, two labels."""
-    y, x = (grid.ravel() * 250 for grid in np.mgrid[0:4, 0:4])
-    slide = np.repeat(np.arange(8), 16)
-    table = pd.DataFrame(
-        {
-            "image": "none", "x": np.tile(x, 8), "y": np.tile(y, 8), "size": 250,
-            "mpp": 0.25, "slide_mpp": 0.25, "slide": slide.astype(str),
-            "patient": slide, "label": np.array(["a", "b"])[slide % 2],
-            "fold": slide // 2, "site": np.array(["A", "B"])[slide // 4],
-        }
-    )  # fmt: skip
-    rng = np.random.default_rng(0)
-    own = rng.standard_normal((8, 5))[slide]
-    vectors = own + rng.standard_normal((128, 5))
-    return Embeddings(vectors.astype(np.float32), table)
-
-
-def test_quarters_of_a_region(archive):
-    found = pd.Series(bench.quarters(archive.table)).value_counts().to_dict()
+def test_quarters_of_a_region(bench_archive):
+    found = pd.Series(bench.quarters(bench_archive.table)).value_counts().to_dict()
     assert found == {"upper": 64, "lower left": 32, "lower right": 32}
-    corner = bench.quarters(archive.table.query("x == 750 and y >= 500"))
+    corner = bench.quarters(bench_archive.table.query("x == 750 and y >= 500"))
     assert "upper" in corner, "the middle is that of the patches given"
 
 
-def test_tasks_search_where_they_say(archive):
-    found = bench.tasks(archive, k=3, metric="euclidean")
-    where = bench.quarters(archive.table)
+def test_tasks_search_where_they_say(bench_archive):
+    found = bench.tasks(bench_archive, k=3, metric="euclidean")
+    where = bench.quarters(bench_archive.table)
     assert len(found["scan_leave_one_out"]) == 128
     assert len(found["scan_split"]) == (where == "lower right").sum()
     assert len(found["scan_choice"]) == (where == "lower left").sum()
-    assert set(found["scan_split"]["label"]) == set(archive.table["slide"])
+    assert set(found["scan_split"]["label"]) == set(bench_archive.table["slide"])
     near = np.stack(found["organ"]["neighbours"])
-    patients = archive.table["patient"].to_numpy()
+    patients = bench_archive.table["patient"].to_numpy()
     assert (patients[near] != patients[:, None]).all()
     least = metrics.accuracy(found["scan_not_touching"])
     assert least <= metrics.accuracy(found["scan_leave_one_out"])
 
 
-def test_scored_counts_patients(archive):
-    out = protocols.leave_one_patient_out(archive, 1)
+def test_scored_counts_patients(bench_archive):
+    out = protocols.leave_one_patient_out(bench_archive, 1)
     right = metrics.accuracy(out, per_query=True)
     found = bench.scored(right, out["patient"], n_boot=200)
     assert found["n"] == 8 and found["queries"] == 128
@@ -69,8 +49,8 @@ def test_compared_weighs_patients_alike():
     assert found["difference"] == 0.5 and found["n"] == 2
 
 
-def test_galleries_ask_the_same_queries(archive):
-    found = bench.galleries(archive, metric="euclidean")
+def test_galleries_ask_the_same_queries(bench_archive):
+    found = bench.galleries(bench_archive, metric="euclidean")
     assert {len(out) for out in found.values()} == {32}
     first = found["training_half"]["slide"].tolist()
     assert all(out["slide"].tolist() == first for out in found.values())
@@ -78,14 +58,14 @@ def test_galleries_ask_the_same_queries(archive):
     assert set(found["training_half"]["relevant"]) == {8}
 
 
-def test_exclusions_start_from_the_query_itself(archive):
-    found = bench.exclusions(archive, metric="euclidean")
+def test_exclusions_start_from_the_query_itself(bench_archive):
+    found = bench.exclusions(bench_archive, metric="euclidean")
     assert list(found) == ["nothing", "self", "touching", "slide", "patient"]
     assert metrics.accuracy(found["nothing"]) == 1
 
 
-def test_report_says_what_was_not_run(archive):
-    out = protocols.leave_one_patient_out(archive, 1)
+def test_report_says_what_was_not_run(bench_archive):
+    out = protocols.leave_one_patient_out(bench_archive, 1)
     shown = bench.report(
         {
             "ours": {"P@1": bench.p_at_1(out), "difference": bench.compared(out, out)},
@@ -98,8 +78,8 @@ def test_report_says_what_was_not_run(archive):
     )
 
 
-def test_compared_by_patient_where_queries_differ(archive):
-    out = protocols.leave_one_patient_out(archive, 1)
+def test_compared_by_patient_where_queries_differ(bench_archive):
+    out = protocols.leave_one_patient_out(bench_archive, 1)
     fewer = out[::4]
     found = bench.compared(out, fewer)
     right = metrics.accuracy(out, per_query=True).reshape(8, 16)
@@ -107,9 +87,12 @@ def test_compared_by_patient_where_queries_differ(archive):
     assert found["difference"] == pytest.approx(expected) and found["n"] == 8
 
 
-def test_summary_and_family(archive):
-    runs = {"a": bench.tasks(archive), "b": bench.tasks(archive, metric="euclidean")}
-    row = bench.summary(runs["a"], archive.table["site"])
+def test_summary_and_family(bench_archive):
+    runs = {
+        "a": bench.tasks(bench_archive),
+        "b": bench.tasks(bench_archive, metric="euclidean"),
+    }
+    row = bench.summary(runs["a"], bench_archive.table["site"])
     assert {"organ", "macro", "A", "B"} <= set(row) and row["A"]["n"] == 4
     assert "A" not in bench.summary(runs["a"])
     found = bench.family(runs, "a", ["b"], ["scan_split", "organ"])["b"]

@@ -8,27 +8,8 @@ from histo_utils import metrics, patches, pitfalls, protocols
 from histo_utils.embeddings import Embeddings
 
 
-@pytest.fixture
-def archive():
-    """Eight slides of eight patients, 4 × 4 patches each, two labels."""
-    y, x = (grid.ravel() * 250 for grid in np.mgrid[0:4, 0:4])
-    slide = np.repeat(np.arange(8), 16)
-    table = pd.DataFrame(
-        {
-            "image": "none", "x": np.tile(x, 8), "y": np.tile(y, 8), "size": 250,
-            "mpp": 0.25, "slide_mpp": 0.25, "slide": slide.astype(str),
-            "patient": slide, "label": np.array(["a", "b"])[slide % 2],
-            "fold": slide // 2, "site": np.array(["A", "B"])[slide // 4],
-        }
-    )  # fmt: skip
-    rng = np.random.default_rng(0)
-    own = rng.standard_normal((8, 5))[slide]
-    vectors = own + rng.standard_normal((128, 5))
-    return Embeddings(vectors.astype(np.float32), table)
-
-
-def test_by_chance_equals_loops(archive):
-    table = archive.table
+def test_by_chance_equals_loops(bench_archive):
+    table = bench_archive.table
     found = pitfalls.by_chance(table, "label", within="site")
     for row in (0, 40, 127):
         mine = table.iloc[row]
@@ -39,13 +20,13 @@ def test_by_chance_equals_loops(archive):
     assert np.isnan(alone).all()
 
 
-def test_within_and_across_by_loops(archive):
-    table = archive.table
-    found = pitfalls.within_and_across(archive, "site", metric="euclidean")
+def test_within_and_across_by_loops(bench_archive):
+    table = bench_archive.table
+    found = pitfalls.within_and_across(bench_archive, "site", metric="euclidean")
     assert len(found) == 128
     for row in (3, 70, 127):
         mine = table.iloc[row]
-        far = ((archive.vectors - archive.vectors[row]) ** 2).sum(1)
+        far = ((bench_archive.vectors - bench_archive.vectors[row]) ** 2).sum(1)
         for side in ("within", "across"):
             same = (table["site"] == mine["site"]).to_numpy()
             may = (table["patient"] != mine["patient"]).to_numpy()
@@ -56,21 +37,21 @@ def test_within_and_across_by_loops(archive):
             assert found[f"chance_{side}"][row] == pytest.approx(chance)
 
 
-def test_nested_labels_are_refused(archive):
-    nested = archive.table.assign(site=archive.table["label"].to_numpy())
+def test_nested_labels_are_refused(bench_archive):
+    nested = bench_archive.table.assign(site=bench_archive.table["label"].to_numpy())
     with pytest.raises(ValueError, match="nested"):
-        pitfalls.within_and_across(Embeddings(archive.vectors, nested), "site")
+        pitfalls.within_and_across(Embeddings(bench_archive.vectors, nested), "site")
 
 
-def test_touching_is_symmetric_and_counts_the_pairs(archive):
-    found = pitfalls.touching(archive.table)
+def test_touching_is_symmetric_and_counts_the_pairs(bench_archive):
+    found = pitfalls.touching(bench_archive.table)
     assert (found == found.T).all() and not found.diagonal().any()
-    assert found.sum() == 2 * len(patches.touching_pairs(archive.table))
+    assert found.sum() == 2 * len(patches.touching_pairs(bench_archive.table))
 
 
-def test_position_1_counts_later_copies_as_right(archive):
-    copies = pitfalls.plant_copies(archive, 0.1)
-    changed = (copies.vectors != archive.vectors).any(1)
+def test_position_1_counts_later_copies_as_right(bench_archive):
+    copies = pitfalls.plant_copies(bench_archive, 0.1)
+    changed = (copies.vectors != bench_archive.vectors).any(1)
     assert changed.sum() in (0, 13), "labels alternate: partners may all agree"
     table = pd.DataFrame({"label": ["a", "c", "b", "c"]})
     rows = Embeddings(np.float32([[0, 0], [5, 5], [0, 0], [5, 6]]), table)
@@ -78,9 +59,9 @@ def test_position_1_counts_later_copies_as_right(archive):
     assert pitfalls.by_position(rows).tolist() == [False, True, True, True]
 
 
-def test_copies_are_planted_where_labels_differ(archive):
-    table = archive.table.assign(label=np.repeat(["a", "b"], 64))
-    mixed = Embeddings(archive.vectors, table)
+def test_copies_are_planted_where_labels_differ(bench_archive):
+    table = bench_archive.table.assign(label=np.repeat(["a", "b"], 64))
+    mixed = Embeddings(bench_archive.vectors, table)
     copies = pitfalls.plant_copies(mixed, 0.1, seed=1)
     later = np.flatnonzero((copies.vectors != mixed.vectors).any(1))
     assert len(later) == 13 and (later >= 64).all()
@@ -90,10 +71,10 @@ def test_copies_are_planted_where_labels_differ(archive):
     assert not right[later].any() and pitfalls.by_position(copies)[later].all()
 
 
-def test_barcode_ties_by_loops(archive):
-    found = pitfalls.barcode_ties(archive)
-    bits = (np.diff(archive.vectors) < 0).astype(int)
-    table = archive.table
+def test_barcode_ties_by_loops(bench_archive):
+    found = pitfalls.barcode_ties(bench_archive)
+    bits = (np.diff(bench_archive.vectors) < 0).astype(int)
+    table = bench_archive.table
     for row in (0, 50, 127):
         others = np.flatnonzero(table["patient"] != table["patient"][row])
         far = abs(bits[others] - bits[row]).sum(1)
@@ -113,8 +94,8 @@ def test_false_alarms_are_at_the_level_over_patients_only():
     assert 0.02 < found["patients"] < 0.08 and found["patches"] > 0.4
 
 
-def test_nesting(archive):
-    found = pitfalls.nesting(archive.table, "site")
+def test_nesting(bench_archive):
+    found = pitfalls.nesting(bench_archive.table, "site")
     assert found["values"] == 2 and found["values_with_one_label"] == 0
     assert found["same_value_other_label"] == 8  # 2 × 2 in each of two sites
     pairs = sum(
@@ -123,7 +104,7 @@ def test_nesting(archive):
     assert pairs == 8 * 7 // 2
 
 
-def test_agrees_with_the_label_of_the_nearest(archive):
-    out = protocols.leave_one_patient_out(archive, 1)
-    found = pitfalls.agrees(out, archive.table["label"])
+def test_agrees_with_the_label_of_the_nearest(bench_archive):
+    out = protocols.leave_one_patient_out(bench_archive, 1)
+    found = pitfalls.agrees(out, bench_archive.table["label"])
     np.testing.assert_array_equal(found, metrics.accuracy(out, per_query=True))
