@@ -1,6 +1,6 @@
 """Barcodes of patches, and the distance between slides that Yottixel searches by.
 
-Yottixel is patented (US10628736B2); see the licence page before commercial use.
+Yottixel is patented (US10628736B2); see the README before commercial use.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Baselines without a network: image statistics as embeddings.
 
 Every table of the book shows them, since a trained system has to beat these and not
-random weights. They come **unscaled**; compare them by Euclidean distance after
-`embeddings.standardise`, which uses the **gallery's** mean and deviation
-(``standardised=True, metric="euclidean"`` in the protocols).
+random weights. They come **unscaled** and are compared by Euclidean distance: the roots
+of a histogram as they are, the others after `embeddings.standardise`, which uses the
+**gallery's** mean and deviation (``standardised=True`` in the protocols).
 """
 
 from __future__ import annotations

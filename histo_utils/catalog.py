@@ -16,7 +16,13 @@ from histo_utils.datasets import DATASETS, dataset
 from histo_utils.patches import check_patches
 from histo_utils.phantom import write_phantom_archive
 from histo_utils.provenance import file_hash, project_folder
-from histo_utils.slides import IMAGE_SUFFIXES, SlideError, open_slide, patch_grid
+from histo_utils.slides import (
+    IMAGE_SUFFIXES,
+    MissingScaleError,
+    SlideError,
+    open_slide,
+    patch_grid,
+)
 
 with warnings.catch_warnings():
     # pooch imports tqdm's widget version, which complains where ipywidgets is missing.
@@ -251,8 +257,10 @@ def slide_table(folder, mpp=None):
 def _holds_no_mpp(image):
     try:
         open_slide(image).close()
-    except SlideError as error:
-        return "no µm per pixel" in str(error)
+    except MissingScaleError:
+        return True
+    except SlideError:
+        return False  # damaged: reported where it is worked on
     return False
 
 

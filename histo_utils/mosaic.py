@@ -267,13 +267,13 @@ def _jobs(slides, parameters):
         raise ValueError("the slide table is empty; is the folder right?")
     if "image" not in slides:
         raise ValueError(f"the slide table has no column image; it has {list(slides)}")
-    jobs = []
+    jobs, code = [], _code()
     for row in slides.to_dict("records"):
         image, mpp = str(row.pop("image")), row.pop("slide_mpp", None)
         name = str(row.pop("slide", None) or Path(image).stem)
         mpp = None if mpp is None or pd.isna(mpp) else float(mpp)
         job = {"name": name, "image": image, "mpp": mpp, "carry": row}
-        jobs.append({**job, "parameters": parameters, "code": _code()})
+        jobs.append({**job, "parameters": parameters, "code": code})
     names = pd.Series([job["name"] for job in jobs])
     if names.duplicated().any():
         raise ValueError(

@@ -36,6 +36,10 @@ class SlideError(Exception):
     """A slide that cannot be opened, read, or measured; the message says what to do."""
 
 
+class MissingScaleError(SlideError):
+    """A slide whose µm per pixel is neither given nor found."""
+
+
 class Slide:
     """One open slide; made by `open_slide`.
 
@@ -250,8 +254,10 @@ def resolve_mpp(found, name="slide"):
 
     Raises
     ------
-    SlideError
+    MissingScaleError
         If no value lies within 0.1–4 µm per pixel.
+    SlideError
+        If the value given does not.
 
     Examples
     --------
@@ -268,7 +274,7 @@ def resolve_mpp(found, name="slide"):
         )
     if not usable:
         seen = ", ".join(f"{s} {v:g}" for s, v in found.items()) or "nothing"
-        raise SlideError(
+        raise MissingScaleError(
             f"{name}: no µm per pixel between {low} and {high} in the file (found: "
             f"{seen}); pass mpp=, or give it in the mpp column of the slide table "
             "(20× is about 0.5, 40× about 0.25)"
