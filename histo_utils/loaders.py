@@ -186,6 +186,60 @@ def grey(image, slide=None):
     return np.repeat(luma[..., None], 3, axis=-1)
 
 
+class Turned:
+    """Turn a patch by quarter turns, and mirror it from the fourth on: eight views.
+
+    Tissue has no upright; these turns move pixels and change none.
+
+    Parameters
+    ----------
+    view : int
+        0–7; 0 leaves the patch as it is.
+    first : callable, optional
+        A transform that is applied before (`loaders.grey`).
+    """
+
+    def __init__(self, view, first=colour):
+        if not 0 <= view < 8:
+            raise ValueError(f"view={view}; expected 0 to 7")
+        self.view, self.first = view, first
+
+    @property
+    def identity(self):
+        """A name that differs where the result would; part of a cache's key."""
+        own = getattr(self.first, "identity", None) or self.first.__qualname__
+        return f"turned-{self.view}-{own}"
+
+    def __call__(self, image, slide=None):
+        """Return the turned image, uint8 (h, w, 3)."""
+        image = np.rot90(self.first(image, slide), self.view % 4)
+        return np.ascontiguousarray(image[:, ::-1] if self.view > 3 else image)
+
+
+@dataclass(frozen=True)
+class Resized:
+    """Make a patch ``size`` px wide before it is cropped or turned (Yang 2019: 300).
+
+    Parameters
+    ----------
+    size : int
+    interpolation : {"nearest", "bilinear", "bicubic"}
+    """
+
+    size: int
+    interpolation: str = "bicubic"
+
+    @property
+    def identity(self):
+        """A name that differs where the result would; part of a cache's key."""
+        return f"resized-{self.size}-{self.interpolation}"
+
+    def __call__(self, image, slide=None):
+        """Return uint8 (size, size, 3)."""
+        how = INTERPOLATIONS[self.interpolation]
+        return np.asarray(Image.fromarray(image).resize((self.size, self.size), how))
+
+
 class StainFit(NamedTuple):
     """Stains of one slide.
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -21,27 +22,39 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))["project"]
 FLOORS = [
     {
         *("provenance", "textures", "slides", "embeddings"),
-        *("networks", "losses", "metrics", "plots"),
+        *("networks", "losses", "metrics", "colours"),
         "published",  # the audit's facts
         # split off from the design's catalog, mosaic and search, to stay readable
         *("datasets", "batch", "cellularity", "barcodes", "exclusion"),
+        *("layouts", "tcga"),
     },
-    {"patches", "mosaic", "search", "phantom"},
-    {"catalog", "loaders", "protocols"},
-    {"training", "encoders", "baselines", "bench", "pitfalls"},
+    {"patches", "mosaic", "search", "phantom", "path24", "pannuke"},
+    {"catalog", "loaders", "protocols", "measurements"},
+    {"training", "batches", "encoders", "baselines", "bench", "pitfalls", "atlas"},
+    {"trials", "plots"},
 ]
-MAY_IMPORT_TORCH = {"networks", "losses", "loaders", "encoders", "training"}
-MODULES = sorted((ROOT / "histo_utils").glob("*.py"))
-each_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+MAY_IMPORT_TORCH = {"networks", "losses", "loaders", "batches", "encoders", "training"}
+PACKAGE = ROOT / "histo_utils"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+each_module = pytest.mark.parametrize(
+    "path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix()
+)
+
+
+def module_of(path):
+    """Name on the floors: a file's own, or that of the folder it is in."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def imports(path):
     """Dotted names that a file imports, anywhere in it."""
+    folders = path.relative_to(ROOT).parent.parts
     for node in ast.walk(ast.parse(path.read_text("utf8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = "histo_utils" if node.level else ""
+            up = len(folders) + 1 - node.level
+            base = ".".join(folders[:up]) if node.level else ""
             module = ".".join(filter(None, [base, node.module]))
             yield module
             yield from (f"{module}.{alias.name}" for alias in node.names)
@@ -65,22 +78,35 @@ def tracked_files():
 
 @each_module
 def test_imports_only_go_down(path):
-    if path.stem == "__init__":
+    if path == PACKAGE / "__init__.py":
         assert not [n for n in imports(path) if n.startswith("histo_utils")]
         return
-    here = floor(path.stem)
-    names = {p.stem for p in MODULES}
+    own = module_of(path)
+    here = floor(own)
+    names = {module_of(p) for p in MODULES}
     for name in imports(path):
         parts = name.split(".")
-        if parts[0] == "histo_utils" and len(parts) > 1 and parts[1] in names:
-            assert floor(parts[1]) < here, f"{path.stem} imports {parts[1]}"
+        if parts[0] != "histo_utils" or len(parts) < 2 or parts[1] not in names:
+            continue
+        if path.parent != PACKAGE and parts[1] == own:
+            continue  # within one folder: the next test
+        assert floor(parts[1]) < here, f"{path.stem} imports {parts[1]}"
+
+
+def test_files_of_a_folder_do_not_import_in_circles():
+    for init in PACKAGE.glob("*/__init__.py"):
+        package = ".".join(init.parent.relative_to(ROOT).parts)
+        files = {f"{package}.{p.stem}": p for p in init.parent.glob("*.py")}
+        files[package] = files.pop(f"{package}.__init__")
+        used = {name: files.keys() & set(imports(p)) for name, p in files.items()}
+        TopologicalSorter(used).prepare()  # raises CycleError
 
 
 @each_module
 def test_only_the_training_side_imports_torch(path):
     heavy = {"torch", "torchvision", "timm", "lightning", "pytorch_metric_learning"}
     found = heavy & {name.split(".")[0] for name in imports(path)}
-    assert not found or path.stem in MAY_IMPORT_TORCH
+    assert not found or module_of(path) in MAY_IMPORT_TORCH
 
 
 def test_importing_the_package_does_nothing():

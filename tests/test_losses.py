@@ -130,3 +130,10 @@ def test_bad_input_is_named():
         MultiSimilarityLoss()(x, torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match="list of embeddings"):
         ABELoss()(x, torch.tensor([0, 0, 1, 1]))
+
+
+@pytest.mark.parametrize("loss", [MultiSimilarityLoss(), ContrastiveLoss()])
+def test_nan_is_not_hidden(loss):
+    x = torch.nn.functional.normalize(torch.arange(24.0).view(8, 3) % 7 + 1)
+    x[2] = torch.nan
+    assert torch.isnan(loss(x, torch.arange(8) % 2))

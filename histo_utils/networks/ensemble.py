@@ -1,0 +1,138 @@
+"""An ensemble of learners that share one GoogLeNet (ABE-M in Yang et al. 2019).
+
+References
+----------
+Yang et al., Liver histopathological image retrieval based on deep metric learning,
+BIBM 2019; Kim et al., Attention-based ensemble for deep metric learning, ECCV 2018.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# GoogLeNet's widths: 1×1 | before 3×3, 3×3 | before 5×5, 5×5 | after the pool
+WIDTHS = {
+    "3a": (64, 96, 128, 16, 32, 32),
+    "3b": (128, 128, 192, 32, 96, 64),
+    "4a": (192, 96, 208, 16, 48, 64),
+    "4b": (160, 112, 224, 24, 64, 64),
+    "4c": (128, 128, 256, 24, 64, 64),
+    "4d": (112, 144, 288, 32, 64, 64),
+    "4e": (256, 160, 320, 32, 128, 128),
+    "5a": (256, 160, 320, 32, 128, 128),
+    "5b": (384, 192, 384, 48, 128, 128),
+}
+
+
+class Inception(nn.Module):
+    """Four branches side by side, each conv with bias, batch norm and ReLU.
+
+    The third branch is a true 5×5, the fourth a 3×3 max-pool of stride 1.
+
+    Parameters
+    ----------
+    in_channels : int
+    one, three_in, three, five_in, five, pooled : int
+        Widths, in the order of `WIDTHS`.
+    """
+
+    def __init__(self, in_channels, one, three_in, three, five_in, five, pooled):
+        super().__init__()
+        c = in_channels
+        self.branches = nn.ModuleList(
+            [
+                nn.Sequential(*_conv(c, one, 1)),
+                nn.Sequential(*_conv(c, three_in, 1), *_conv(three_in, three, 3)),
+                nn.Sequential(*_conv(c, five_in, 1), *_conv(five_in, five, 5)),
+                nn.Sequential(nn.MaxPool2d(3, 1, padding=1), *_conv(c, pooled, 1)),
+            ]
+        )
+
+    def forward(self, x):
+        """Return the branches' maps, one after the other; height and width stay."""
+        return torch.cat([branch(x) for branch in self.branches], 1)
+
+
+class ABEM(nn.Module):
+    """Attention-based ensemble on GoogLeNet with batch norm (Yang et al. 2019).
+
+    ========= ================================================== ==================
+    part      layers                                             output for 224 px
+    ========= ================================================== ==================
+    stem      7×7/2 conv, pool, 3×3 conv, pool                   192 × 28 × 28
+    stage3    inception 3a, 3b, pool: the features               480 × 14 × 14
+    attention copies of 4a-4e, shared by the learners            832 × 14 × 14
+    masks     1×1 conv, BN, ReLU, one a learner                  480 × 14 × 14
+    stage4    4a-4e, pool, on features · mask, shared            832 × 7 × 7
+    stage5    5a, 5b, shared                                     1024 × 7 × 7
+    embed     mean, dropout of channels, linear, unit length     dim / learners
+    ========= ================================================== ==================
+
+    10,534,720 parameters for 4 learners. Pools are 3×3/2 and round up as in GoogLeNet
+    (how the released ones treat their border was not recorded: ours). The shared
+    attention is computed once a batch, not once a learner. The mask is a ReLU, so it
+    may also magnify.
+
+    Parameters
+    ----------
+    learners : int
+    dim : int
+        Length of all learners' embeddings together.
+    dropout : float
+
+    Raises
+    ------
+    ValueError
+        If the learners cannot share ``dim`` evenly.
+    """
+
+    def __init__(self, learners: int = 4, dim: int = 512, dropout: float = 0.4):
+        super().__init__()
+        if learners < 1 or dim % learners:
+            raise ValueError(
+                f"{dim} dimensions cannot be shared by {learners} learners; choose dim "
+                "as a multiple of learners"
+            )
+        self.stem = nn.Sequential(
+            *_conv(3, 64, 7, stride=2), _pool(), *_conv(64, 192, 3), _pool()
+        )
+        self.stage3 = nn.Sequential(*_inceptions(192, "3a", "3b"), _pool())
+        self.attention = nn.Sequential(*_inceptions(480, "4a", "4b", "4c", "4d", "4e"))
+        self.masks = nn.ModuleList(
+            nn.Sequential(*_conv(832, 480, 1)) for _ in range(learners)
+        )
+        self.stage4 = nn.Sequential(
+            *_inceptions(480, "4a", "4b", "4c", "4d", "4e"), _pool()
+        )
+        self.stage5 = nn.Sequential(*_inceptions(832, "5a", "5b"))
+        self.dropout = nn.Dropout2d(dropout)
+        self.embed = nn.Linear(1024, dim // learners)
+
+    def forward(self, x):
+        """Return a list of unit vectors (b, dim / learners), one a learner."""
+        features = self.stage3(self.stem(x))
+        attention = self.attention(features)
+        return [self._learn(features * mask(attention)) for mask in self.masks]
+
+    def _learn(self, x):
+        x = F.adaptive_avg_pool2d(self.stage5(self.stage4(x)), 1)
+        return F.normalize(self.embed(self.dropout(x).flatten(1)), dim=1)
+
+
+def _conv(in_channels, out_channels, kernel, stride=1):
+    """Layers of one convolution that keeps the size but for its stride."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2)
+    return conv, nn.BatchNorm2d(out_channels), nn.ReLU()
+
+
+def _pool():
+    return nn.MaxPool2d(3, 2, ceil_mode=True)
+
+
+def _inceptions(in_channels, *names):
+    for name in names:
+        one, _, three, _, five, pooled = WIDTHS[name]
+        yield Inception(in_channels, *WIDTHS[name])
+        in_channels = one + three + five + pooled

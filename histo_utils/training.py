@@ -1,0 +1,211 @@
+"""The one training loop of the book, on Lightning Fabric.
+
+One process or several, CPU or GPU, full or mixed precision: the `Fabric` given decides.
+Networks run in its precision, losses in float32 on the global batch, so that a metric
+loss sees the pairs of all processes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from lightning.fabric import Fabric
+from lightning_utilities.core.apply_func import apply_to_collection
+from tqdm import tqdm
+
+
+class Fitted(NamedTuple):
+    """A trained network.
+
+    Attributes
+    ----------
+    network : torch.nn.Module
+        With the weights of the best epoch, on the CPU, in evaluation mode.
+    history : pandas.DataFrame
+        One row an epoch: ``epoch`` (from 1), ``loss``, ``score`` (of ``validate``),
+        ``images_per_second``, ``waiting`` (share of time without data), ``best``.
+    """
+
+    network: torch.nn.Module
+    history: pd.DataFrame
+
+
+def fit(
+    network, loss, batches, *, optimizer, epochs, folder, schedule=None, validate=None,
+    patience=None, clip=None, compiled=False, settings=None, fabric=None, seed=0,
+    progress=True,
+) -> Fitted:  # fmt: skip
+    """Train a network; go on where a killed run stopped; return the best epoch.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        Trained in the modes its parts are in: what stays in evaluation mode (folded
+        batch norm, a frozen backbone) must be so when it is given.
+    loss : torch.nn.Module
+        ``loss(outputs, labels)``; may have parameters of its own.
+    batches : torch.utils.data.DataLoader
+        Of (inputs, labels), from `batches.training_batches`.
+    optimizer : torch.optim.Optimizer
+        Over the parameters to train; those of the loss among them if it has any.
+    epochs : int
+    folder : path
+        Keeps ``last.pt`` and ``best.pt``, both weights-only files.
+    schedule : torch.optim.lr_scheduler.LRScheduler, optional
+        Stepped at the end of an epoch.
+    validate : callable, optional
+        ``validate(network)`` -> number, higher is better, after each epoch with the
+        network in evaluation mode. Chooses the best epoch; without it, the last.
+    patience : int, optional
+        Stop after so many epochs without a better one.
+    clip : float, optional
+        Largest norm of the network's gradient, after unscaling.
+    compiled : bool
+        Run ``torch.compile`` on the network.
+    settings : dict, optional
+        What the run is made with. A folder of other settings is refused.
+    fabric : lightning.fabric.Fabric, optional
+        Default: one device, full precision.
+    seed : int
+        Of dropout; each epoch starts from (seed, epoch), so resuming changes nothing.
+    progress : bool
+        Show one line with loss, images a second and share of time waiting for data.
+
+    Raises
+    ------
+    FloatingPointError
+        NaN or infinity in loss or weights; the last good checkpoint stays.
+    ValueError
+        The folder holds a run of other settings.
+    """
+    fabric = fabric or Fabric(devices=1)
+    last, best_file = Path(folder) / "last.pt", Path(folder) / "best.pt"
+    network = network.to(memory_format=torch.channels_last)
+    modes = [(part, part.training) for part in network.modules()]
+    run = torch.compile(network) if compiled else network
+    run, stepper = fabric.setup(run, optimizer)
+    loss = loss.to(fabric.device)
+    parts = {"network": network, "loss": loss, "optimizer": optimizer}
+    parts |= {"schedule": schedule} if schedule else {}
+    history = _resume(last, parts, settings, fabric)
+    bar = tqdm(
+        total=epochs * len(batches), initial=len(history) * len(batches), ascii=True,
+        desc="training", disable=not progress or not fabric.is_global_zero,
+    )  # fmt: skip
+    for epoch in range(len(history) + 1, epochs + 1):
+        if _patience_ended(history, patience):
+            break
+        torch.manual_seed(seed * 1_000_003 + epoch * 1009 + fabric.global_rank)
+        batches.batch_sampler.set_epoch(epoch)
+        summed, images, waited, start = 0.0, 0, 0.0, time.perf_counter()
+        ready = start
+        for step, (inputs, labels) in enumerate(batches, 1):
+            waited += time.perf_counter() - ready
+            inputs, labels = fabric.to_device((_channels_last(inputs), labels))
+            outputs, labels = _global((run(inputs), labels), fabric)
+            value = loss(_float32(outputs), labels)
+            if not torch.isfinite(value):
+                raise FloatingPointError(_bad("loss", value, epoch, step, last))
+            stepper.zero_grad()
+            if value != 0:  # exactly 0: no anchor counts, and then no step is taken
+                fabric.backward(value)
+                if clip:
+                    fabric.clip_gradients(
+                        run, stepper, max_norm=clip, error_if_nonfinite=False
+                    )
+                stepper.step()
+            summed, images = summed + value.item(), images + len(labels)
+            ready = time.perf_counter()
+            speed, share = images / (ready - start), waited / (ready - start)
+            bar.set_postfix_str(
+                f"epoch {epoch}/{epochs}, loss {summed / step:.4f}, "
+                f"{speed:.0f} images/s, {share:.0%} waiting", refresh=False,
+            )  # fmt: skip
+            bar.update()
+        if schedule:
+            schedule.step()
+        if not all(torch.isfinite(p).all() for p in network.parameters()):
+            raise FloatingPointError(_bad("a weight", "NaN", epoch, step, last))
+        network.eval()
+        score = float("nan") if validate is None else float(validate(network))
+        for part, mode in modes:
+            part.training = mode
+        known = [row["score"] for row in history if row["best"]]
+        better = validate is None or not known or score > known[-1]
+        history.append({
+            "epoch": epoch, "loss": summed / step, "score": score,
+            "images_per_second": round(speed, 2), "waiting": round(share, 4),
+            "best": better,
+        })  # fmt: skip
+        state = {name: part.state_dict() for name, part in parts.items()}
+        if better:
+            _save({"network": state["network"]}, best_file, fabric)
+        _save(state | {"history": history, "settings": settings}, last, fabric)
+    bar.close()
+    weights = torch.load(best_file, map_location="cpu", weights_only=True)["network"]
+    network = network.to("cpu", memory_format=torch.contiguous_format)
+    network.load_state_dict(weights)
+    return Fitted(network.eval(), pd.DataFrame(history))
+
+
+def _resume(last, parts, settings, fabric):
+    """Load the last checkpoint into the parts; return its history."""
+    if not last.is_file():
+        return []
+    state = torch.load(last, map_location=fabric.device, weights_only=True)
+    if state["settings"] != settings:
+        raise ValueError(
+            f"{last.parent} holds a run with settings {state['settings']}; this one "
+            f"has {settings}: give it a folder of its own"
+        )
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state["history"]
+
+
+def _save(state, path, fabric):
+    """Write to a temporary name, then rename: a kill leaves the old file or the new."""
+    if fabric.is_global_zero:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), path)
+    fabric.barrier()
+
+
+def _global(outputs, fabric):
+    """Gather the outputs of all processes, gradients included."""
+    if fabric.world_size == 1:
+        return outputs
+    gathered = fabric.all_gather(outputs, sync_grads=True)
+    return apply_to_collection(gathered, torch.Tensor, lambda x: x.flatten(0, 1))
+
+
+def _float32(outputs):
+    return apply_to_collection(outputs, torch.Tensor, lambda x: x.float())
+
+
+def _channels_last(inputs):
+    def arranged(x):
+        return x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+    return apply_to_collection(inputs, torch.Tensor, arranged)
+
+
+def _patience_ended(history, patience):
+    if patience is None or not history:
+        return False
+    best = max(row["epoch"] for row in history if row["best"])
+    return history[-1]["epoch"] - best >= patience
+
+
+def _bad(what, value, epoch, step, last):
+    kept = f"the last good checkpoint is {last}" if last.is_file() else "none was saved"
+    return (
+        f"{what} is {value} in epoch {epoch}, batch {step}; {kept}. Lower the learning "
+        "rate, set clip, and look at the images of this batch"
+    )

@@ -1,0 +1,328 @@
+"""The LGFFEM neck, heads and blocks against golden values, counts and hand work."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from histo_utils.networks import (
+    GRN,
+    GeM,
+    GlobalAggregator,
+    LocalAggregator,
+    LocalGlobalFusionNeck,
+    MultiScaleGeMHead,
+)
+from histo_utils.networks.aggregators import ChannelNorm, Projection
+from histo_utils.networks.fusion import FusionNode
+from histo_utils.networks.heads import ScaleHead
+
+IN_CHANNELS = (6, 8, 12, 16)
+BASE, TINY = (128, 256, 512, 1024), (96, 192, 384, 768)
+P = float(np.float32(4.6))  # the golden values' exponent
+
+
+@pytest.fixture(scope="module")
+def toy(golden):
+    arrays = np.load(golden / "lgffem_toy.npz")
+    return {name: torch.tensor(arrays[name]) for name in arrays}
+
+
+@pytest.fixture(scope="module")
+def blocks(golden):
+    arrays = np.load(golden / "lgffem_blocks.npz")
+    return {name: torch.tensor(arrays[name]) for name in arrays}
+
+
+@pytest.fixture(scope="module")
+def known(golden):
+    return json.loads((golden / "lgffem.json").read_text())
+
+
+def part(state, prefix):
+    return {k: v for k, v in state.items() if k.startswith(prefix)}
+
+
+def maps(toy, kind):
+    return [toy[f"{kind}_P{level}"] for level in range(4)]
+
+
+def toy_neck(grn="as_published", num_layers=2):
+    return LocalGlobalFusionNeck(IN_CHANNELS, 12, num_layers, grn).double().eval()
+
+
+def toy_head(**options):
+    return MultiScaleGeMHead(12, **options).double().eval()
+
+
+def close(found, expected, atol=1e-9):
+    return torch.allclose(found, expected, rtol=0, atol=atol)
+
+
+def test_golden_neck(toy):
+    neck = toy_neck().load_published(part(toy, "neck."))
+    with torch.no_grad():
+        first = neck.layers[0](maps(toy, "in"))
+        last = neck(maps(toy, "in"))
+    for found, expected in zip(first, maps(toy, "layer0"), strict=True):
+        assert close(found, expected)
+    for found, expected in zip(last, maps(toy, "out"), strict=True):
+        assert close(found, expected)
+
+
+def test_golden_head(toy, known):
+    head = toy_head().load_published(part(toy, "head."))
+    with torch.no_grad():
+        found = head(maps(toy, "out"))
+    assert close(found, toy["embedding"])
+    norms = found.reshape(2, 4, 12).norm(dim=2).T
+    assert close(norms, torch.tensor(known["per_head_norms_toy"]).double(), 1e-6)
+    assert close(
+        found.norm(dim=1), torch.tensor(known["embedding_norms_toy"]).double(), 1e-6
+    )
+
+
+def test_names_with_or_without_prefix_or_from_a_whole_checkpoint(toy):
+    checkpoint = {k: v for k, v in toy.items() if k.startswith(("neck.", "head."))}
+    checkpoint["backbone.stem_0.weight"] = torch.zeros(1)
+    bare = {k[5:]: v for k, v in part(toy, "neck.").items()}
+    a, b = toy_neck().load_published(checkpoint), toy_neck().load_published(bare)
+    for name, value in a.state_dict().items():
+        assert torch.equal(value, b.state_dict()[name])
+    bare = {k[5:]: v for k, v in part(toy, "head.").items()}
+    a, b = toy_head().load_published(checkpoint), toy_head().load_published(bare)
+    for name, value in a.state_dict().items():
+        assert torch.equal(value, b.state_dict()[name])
+
+
+def test_names_that_do_not_fit_are_listed(toy):
+    state = part(toy, "neck.")
+    state["neck.neck_layer_0.p99.alpha"] = state.pop("neck.neck_layer_1.p3_1_weight")
+    neck = toy_neck()
+    before = {k: v.clone() for k, v in neck.state_dict().items()}
+    with pytest.raises(ValueError) as error:
+        neck.load_published(state)
+    assert "1 unknown: neck_layer_0.p99.alpha" in str(error.value)
+    assert "1 missing: neck_layer_1.p3_1_weight" in str(error.value)
+    assert all(torch.equal(v, before[k]) for k, v in neck.state_dict().items())
+    with pytest.raises(ValueError, match=r"missing: neck_layer_2\."):
+        toy_neck(num_layers=3).load_published(part(toy, "neck."))
+    with pytest.raises(ValueError, match=r"h1\.bn\.bias is \(12,\), expected \(10,\)"):
+        MultiScaleGeMHead(10).load_published(part(toy, "head."))
+
+
+def test_published_weights_in_the_corrected_neck_warn_and_differ(toy):
+    with pytest.warns(UserWarning, match="as_published"):
+        neck = toy_neck(grn="channel").load_published(part(toy, "neck."))
+    with torch.no_grad():
+        found = neck(maps(toy, "in"))
+    assert not close(found[0], toy["out_P0"], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "golden_name"),
+    [
+        ("as_published", "grn_out_original"),
+        ("channel", "grn_out_channel_mean_correct"),
+    ],
+)
+def test_golden_grn(blocks, mode, golden_name):
+    grn = GRN(8, mode).double()
+    grn.gamma.data, grn.beta.data = blocks["grn_gamma"], blocks["grn_beta"]
+    assert close(grn(blocks["grn_in"]), blocks[golden_name], 1e-12)
+
+
+def test_grn_as_published_does_nothing(blocks, known):
+    x, grn = blocks["grn_in"], GRN(8, "as_published").double()
+    grn.gamma.data.fill_(1.0)
+    relative = (grn(x) - x) / x
+    limit = 1.01 * known["grn_identity_check_max_abs_Nx_minus_1"]
+    assert (relative - 1).abs().max() < limit
+
+
+def test_grn_by_hand():
+    """Responses 3 and 1, mean 2: relative 1.5 and 0.5."""
+    x = torch.tensor([3.0, 1.0], dtype=torch.float64).reshape(1, 2, 1, 1)
+    grn = GRN(2).double()
+    grn.gamma.data.fill_(2.0)
+    assert close(grn(x).flatten(), torch.tensor([12.0, 2.0]).double(), 1e-5)
+    with pytest.raises(ValueError, match="grn='rows'; expected one of channel, as_pub"):
+        GRN(2, "rows")
+
+
+@pytest.mark.parametrize(("p", "name"), [(1, "p1"), (3, "p3"), (P, "p4_6")])
+def test_golden_gem(blocks, p, name):
+    found = GeM(p).double()(blocks["gem_in"])
+    assert close(found, blocks[f"gem_out_{name}"], 1e-12)
+
+
+def test_gem_between_mean_and_maximum(blocks):
+    x = blocks["gem_in"]
+    clamped = x.clamp(min=1e-6)
+    assert close(GeM(1).double()(x), clamped.mean((2, 3)), 1e-15)
+    assert close(GeM(1, eps=0.5).double()(x), x.clamp(min=0.5).mean((2, 3)), 1e-15)
+    means = [GeM(p).double()(x) for p in (1, 3, 4.6, 200)]
+    assert all((b >= a).all() for a, b in pairwise(means))
+    largest = clamped.amax((2, 3))
+    assert close(means[-1], largest, 0.02 * largest.max().item())
+
+
+def test_channel_norm_by_hand():
+    x = torch.tensor([1.0, 3.0]).double().reshape(1, 2, 1, 1).expand(1, 2, 2, 2)
+    found = ChannelNorm(2).double()(x)
+    expected = torch.tensor([-1.0, 1.0]).double().reshape(1, 2, 1, 1).expand_as(x)
+    assert close(found, expected, 1e-6) and not close(found, expected, 1e-7)
+
+
+def test_a_fusion_node_is_a_weighted_mean():
+    node = FusionNode(torch.nn.Identity(), torch.nn.Identity())
+    node.weights.data = torch.tensor([1.0, 3.0])
+    a, b = torch.full((1, 1, 2, 2), 8.0), torch.full((1, 1, 2, 2), 4.0)
+    assert torch.allclose(node(a, b), torch.full((1, 1, 2, 2), 20 / 4.0001))
+
+
+@pytest.mark.parametrize(
+    ("aggregator", "size"),
+    [
+        (LocalAggregator(4), 6),
+        (LocalAggregator(4, upsample=True), 12),
+        (GlobalAggregator(4), 6),
+        (GlobalAggregator(4, downsample=True), 3),
+    ],
+)
+def test_aggregators_weigh_their_map(aggregator, size):
+    """``keep`` = 1 leaves the map as it is; 0 shrinks every value, as a mask does."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 6, 6)
+    with torch.no_grad():
+        plain = x if aggregator.resize is None else aggregator.resize(x)
+        masked = aggregator(x)
+        aggregator.keep.fill_(1.0)
+        assert torch.equal(aggregator(x), plain)
+    assert masked.shape == (2, 4, size, size)
+    ratio = masked / plain
+    assert ((ratio > 0) & (ratio < 1)).all() and ratio.std() > 0
+
+
+def n_parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "in_channels", "channels", "num_layers"),
+    [
+        ("convnextv2_base_512x3", BASE, 512, 3),
+        ("convnextv2_tiny_512x3", TINY, 512, 3),
+        ("convnextv2_base_256x1", BASE, 256, 1),
+    ],
+)
+def test_counts_and_shapes_of_the_papers_sizes(
+    known, name, in_channels, channels, num_layers
+):
+    expected = known[name]
+    with torch.device("meta"):
+        neck = LocalGlobalFusionNeck(in_channels, channels, num_layers)
+        head = MultiScaleGeMHead(channels).eval()
+        inputs = [
+            torch.empty(1, c, s, s)
+            for c, s in zip(in_channels, (56, 28, 14, 7), strict=True)
+        ]
+    assert n_parameters(neck) == expected["neck_params"]
+    assert n_parameters(head) == expected["head_params"]
+    first, *later = [n_parameters(layer) for layer in neck.layers]
+    assert first == expected["neck_layer0_params"]
+    assert set(later) <= {expected["neck_layer_later_params"]}
+    fused = neck(inputs)
+    assert [list(x.shape) for x in fused] == expected["out_shapes"]
+    assert list(head(fused).shape) == expected["embedding"]
+
+
+def test_counts_of_the_blocks(known):
+    with torch.device("meta"):
+        found = {
+            "LocalAggregator(512)": LocalAggregator(512),
+            "LocalAggregator(512,up)": LocalAggregator(512, upsample=True),
+            "GlobalAggregator(512)": GlobalAggregator(512),
+            "GlobalAggregator(512,down)": GlobalAggregator(512, downsample=True),
+            "DownsampleInput(1024->512)": Projection(1024, 512),
+            "MiniHead(512)": ScaleHead(512, 4.6, 0.6),
+        }
+    assert {name: n_parameters(m) for name, m in found.items()} == known["blocks"]
+
+
+def test_normalise_gives_unit_vectors_of_the_same_direction(toy):
+    state, inputs = part(toy, "head."), maps(toy, "out")
+    with torch.no_grad():
+        found = toy_head(normalise=True).load_published(state)(inputs)
+    expected = toy["embedding"] / toy["embedding"].norm(dim=1, keepdim=True)
+    assert close(found, expected)
+
+
+def test_dropout_works_in_training_only(toy):
+    inputs = maps(toy, "out")
+    never, often = toy_head(dropout=0.0), toy_head()
+    often.load_state_dict(never.state_dict())
+    with torch.no_grad():
+        assert torch.equal(never(inputs), often(inputs))
+        torch.manual_seed(0)
+        assert not torch.allclose(never.train()(inputs), often.train()(inputs))
+    assert {scale.dropout.p for scale in often.scales} == {0.6}
+
+
+def test_every_parameter_learns(toy):
+    neck, head = toy_neck("channel"), toy_head().train()
+    head([x + 1 for x in neck(maps(toy, "in"))]).square().sum().backward()
+    for name, p in [*neck.named_parameters(), *head.named_parameters()]:
+        assert p.grad is not None and torch.isfinite(p.grad).all(), name
+
+
+def test_bad_maps_are_named(toy):
+    with pytest.raises(ValueError, match="3 maps and 1 layers"):
+        LocalGlobalFusionNeck((4, 8, 16), 8, 1)
+    with pytest.raises(ValueError, match="4 maps and 0 layers"):
+        LocalGlobalFusionNeck(IN_CHANNELS, 8, 0)
+    sides = (25, 13, 7, 4)
+    uneven = [torch.rand(1, c, s, s) for c, s in zip(IN_CHANNELS, sides, strict=True)]
+    with pytest.raises(ValueError, match=r"\(25, 25\), \(13, 13\).*multiple of"):
+        LocalGlobalFusionNeck(IN_CHANNELS, 8, 1)(uneven)
+
+
+@pytest.mark.parametrize(
+    ("scale", "name"), [(17.5, "17_5_as_run"), (64, "64_as_logged")]
+)
+def test_golden_sub_centre_arcface(blocks, scale, name):
+    """The library's loss is the paper's, also in ten lines of our own."""
+    from pytorch_metric_learning.losses import SubCenterArcFaceLoss
+
+    e, w, y = blocks["arcface_E"], blocks["arcface_W"], blocks["arcface_y"]
+    loss = SubCenterArcFaceLoss(
+        num_classes=4, embedding_size=6, margin=17.5, scale=scale, sub_centers=3
+    ).double()
+    loss.W.data = w
+    expected = blocks[f"arcface_loss_scale{name}"].item()
+    assert loss(e, y).item() == pytest.approx(expected, abs=1e-9)
+    unit = torch.nn.functional.normalize
+    cosine = (unit(e, dim=1) @ unit(w, dim=0)).reshape(8, 4, 3).amax(2)
+    margin, mine = np.deg2rad(17.5), []
+    for row, label in zip(cosine.numpy(), y.numpy(), strict=True):
+        angle, logits = np.arccos(row[label]), row.copy()
+        wide = angle > np.pi - margin
+        logits[label] = (
+            row[label] - margin * np.sin(margin) if wide else np.cos(angle + margin)
+        )
+        mine.append(np.log(np.exp(scale * logits).sum()) - scale * logits[label])
+    assert np.mean(mine) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "count"),
+    [("convnextv2_base", BASE, 87_690_752), ("convnextv2_tiny", TINY, 27_864_960)],
+)
+def test_counts_of_the_papers_backbones(name, channels, count):
+    with torch.device("meta"):
+        backbone = timm.create_model(f"{name}.fcmae", features_only=True)
+    assert tuple(backbone.feature_info.channels()) == channels
+    assert n_parameters(backbone) == count

@@ -1,0 +1,193 @@
+"""The training loop: the same weights after a kill, the same loss on two processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.fabric import Fabric
+from small_run import data, parts, run
+from torch import nn
+
+from histo_utils.batches import StoredInputs, training_batches
+from histo_utils.losses import MultiSimilarityLoss
+from histo_utils.training import fit
+
+
+def script(tmp_path, lines):
+    """Command of a process that makes the run of `small_run` in its own way."""
+    path = tmp_path / "train.py"
+    head = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    head += "from small_run import run\nfrom lightning.fabric import Fabric\n"
+    path.write_text(head + textwrap.dedent(lines), "utf8")
+    return [sys.executable, str(path)]
+
+
+def same_weights(a, b):
+    return all(
+        torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items()
+    )
+
+
+def test_killed_and_started_again_gives_the_same_weights_to_the_bit(tmp_path):
+    whole = run(tmp_path / "whole")
+    folder = tmp_path / "killed"
+    command = script(tmp_path, f"run({str(folder)!r}, pause=1.0)")
+    process = subprocess.Popen(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    deadline = time.time() + 120
+    while not (folder / "last.pt").is_file() and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len(torch.load(folder / "last.pt", weights_only=True)["history"])
+    assert 1 <= done < 6
+    resumed = run(folder)
+    assert same_weights(resumed.network, whole.network)
+    columns = ["epoch", "loss", "score", "best"]
+    assert resumed.history[columns].equals(whole.history[columns])
+    last = [torch.load(f / "last.pt", weights_only=True)["network"]
+            for f in (folder, tmp_path / "whole")]  # fmt: skip
+    assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
+
+
+@pytest.mark.slow
+def test_two_processes_see_the_global_batch(tmp_path):
+    one = run(tmp_path / "one", epochs=2, dropout=0.0)
+    folder = tmp_path / "two"
+    lines = f"""
+    if __name__ == "__main__":
+        fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+        fabric.launch()
+        run({str(folder)!r}, epochs=2, dropout=0.0, fabric=fabric)
+    """
+    subprocess.run(script(tmp_path, lines), check=True, timeout=300)
+    state = torch.load(folder / "last.pt", weights_only=True)
+    losses = [row["loss"] for row in state["history"]]
+    assert losses == pytest.approx(list(one.history["loss"]), abs=1e-6)
+    weights = torch.load(tmp_path / "one" / "last.pt", weights_only=True)["network"]
+    for name, tensor in weights.items():  # so the gradients were those of one process
+        torch.testing.assert_close(state["network"][name], tensor, atol=1e-5, rtol=1e-5)
+
+
+def test_half_a_global_batch_has_another_loss(tmp_path):
+    """What the two processes would report if each saw its own half only."""
+    network, _, _ = parts(dropout=0.0)
+    batch = next(iter(training_batches(data(), 16, 4, seed=1)))
+    loss = MultiSimilarityLoss()
+    outputs, labels = network(batch[0]), batch[1]
+    halves = [float(loss(outputs[i::2], labels[i::2]).detach()) for i in (0, 1)]
+    assert abs(np.mean(halves) - float(loss(outputs, labels).detach())) > 1e-3
+
+
+def test_one_step_is_the_plain_step_by_hand(tmp_path):
+    network, optimizer, _ = parts(dropout=0.0)
+    batches = training_batches(data(), 16, 4, steps=1, seed=1)
+    batches.batch_sampler.set_epoch(1)
+    inputs, labels = next(iter(batches))
+    by_hand, plain, _ = parts(dropout=0.0)
+    value = MultiSimilarityLoss()(by_hand(inputs), labels)
+    value.backward()
+    nn.utils.clip_grad_norm_(by_hand.parameters(), 0.01)
+    plain.step()
+    fitted = fit(
+        network, MultiSimilarityLoss(), batches, optimizer=optimizer, epochs=1,
+        folder=tmp_path, clip=0.01, progress=False,
+    )  # fmt: skip
+    assert fitted.history["loss"][0] == pytest.approx(float(value.detach()), abs=1e-6)
+    for name, tensor in by_hand.state_dict().items():
+        torch.testing.assert_close(fitted.network.state_dict()[name], tensor)
+
+
+def test_the_best_epoch_comes_back_and_patience_ends_the_run(tmp_path):
+    network, optimizer, _ = parts()
+    scores, seen = iter([0.2, 0.7, 0.5, 0.6, 0.9]), []
+
+    def validate(network):
+        seen.append({k: v.clone() for k, v in network.state_dict().items()})
+        return next(scores)
+
+    fitted = fit(
+        network, MultiSimilarityLoss(), training_batches(data(), 16, 4),
+        optimizer=optimizer, epochs=5, folder=tmp_path, validate=validate, patience=2,
+        progress=False,
+    )  # fmt: skip
+    assert list(fitted.history["score"]) == [0.2, 0.7, 0.5, 0.6]
+    assert list(fitted.history["best"]) == [True, True, False, False]
+    found = fitted.network.state_dict()
+    assert all(torch.equal(found[name], seen[1][name]) for name in found)
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    run(tmp_path, epochs=2)
+    before = (tmp_path / "last.pt").read_bytes()
+    network, optimizer, schedule = parts()
+    broken = data()
+    broken.views[0][7] = torch.nan
+    broken.views[1][7] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"epoch 3.*last good checkpoint is"):
+        fit(
+            network, MultiSimilarityLoss(), training_batches(broken, 16, 4, seed=1),
+            optimizer=optimizer, schedule=schedule, epochs=4, folder=tmp_path,
+            progress=False,
+        )  # fmt: skip
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path):
+    run(tmp_path, epochs=1, settings={"rate": 0.05})
+    with pytest.raises(ValueError, match="folder of its own"):
+        run(tmp_path, epochs=2, settings={"rate": 0.1})
+
+
+def test_parts_stay_in_the_mode_they_were_given_in(tmp_path):
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 4))
+    network[0].eval().requires_grad_(False)
+    network[0].running_mean += 0.5
+    optimizer = torch.optim.SGD(network[2].parameters(), lr=0.01)
+    modes = []
+    fit(
+        network, nn.CrossEntropyLoss(), training_batches(data(), 16),
+        optimizer=optimizer, epochs=2, folder=tmp_path, progress=False,
+        validate=lambda n: modes.append([p.training for p in n.modules()]) or 0.0,
+    )  # fmt: skip
+    assert torch.equal(network[0].running_mean, torch.full((3,), 0.5))
+    assert not any(modes[0]) and not any(modes[1])
+
+
+def test_a_zero_loss_takes_no_step(tmp_path):
+    """With momentum or weight decay even a zero gradient would move the weights."""
+    network, _, _ = parts(dropout=0.0)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, weight_decay=0.5)
+    alone = StoredInputs(data().views, np.arange(48))  # no positives: no valid anchor
+    fitted = fit(
+        network, MultiSimilarityLoss(), training_batches(alone, 16),
+        optimizer=optimizer, epochs=1, folder=tmp_path, progress=False,
+    )  # fmt: skip
+    assert all(
+        torch.equal(fitted.network.state_dict()[k], v) for k, v in before.items()
+    )
+
+
+def test_mixed_precision_computes_the_loss_in_float32(tmp_path):
+    seen = []
+
+    class Watching(MultiSimilarityLoss):
+        def forward(self, embeddings, labels):
+            seen.append(embeddings.dtype)
+            return super().forward(embeddings, labels)
+
+    network, optimizer, _ = parts()
+    fitted = fit(
+        network, Watching(), training_batches(data(), 16, 4), optimizer=optimizer,
+        epochs=1, folder=tmp_path, progress=False,
+        fabric=Fabric(accelerator="cpu", devices=1, precision="bf16-mixed"),
+    )  # fmt: skip
+    assert set(seen) == {torch.float32}
+    assert next(fitted.network.parameters()).dtype == torch.float32

@@ -1,0 +1,107 @@
+"""Trials: splits that do not leak, seeds put together as by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from histo_utils import bench, protocols, trials
+
+
+def test_the_scan_split_is_that_of_the_bench(bench_archive):
+    (split,) = trials.splits(bench_archive.table, "scan")
+    where = bench.quarters(bench_archive.table)
+    assert (split.train == (where == "upper")).all()
+    assert (split.gallery == split.train).all()
+    assert (split.choose == (where == "lower left")).all()
+    assert (split.test == (where == "lower right")).all()
+    found = trials.asked(bench_archive, split, metric="cosine")
+    known = bench.tasks(bench_archive, metric="cosine")
+    assert list(found["predicted"]) == list(known["scan_split"]["predicted"])
+    choosing = trials.asked(bench_archive, split, "choose", metric="cosine")
+    assert list(choosing["predicted"]) == list(known["scan_choice"]["predicted"])
+
+
+def test_organ_splits_share_no_patient_and_ask_everyone_once(bench_archive):
+    table = bench_archive.table
+    asked = np.zeros(len(table), int)
+    for split in trials.splits(table, "organ"):
+        asked += split.test
+        parts = [set(table["patient"][m]) for m in split[1:3]] + [
+            set(table["patient"][split.test])
+        ]
+        assert not parts[0] & parts[1] and not parts[0] & parts[2]
+        assert not parts[1] & parts[2]
+        assert set(table["patient"][split.gallery]) == parts[0] | parts[1]
+    assert (asked == 1).all()
+
+
+def test_organ_outcomes_are_those_of_the_patient_folds(bench_archive):
+    splits = trials.splits(bench_archive.table, "organ")
+    found = trials.together([trials.asked(bench_archive, split) for split in splits])
+    known = protocols.patient_folds(bench_archive, 1, metric="cosine")
+    assert list(found["predicted"]) == list(known["predicted"])
+    assert list(found["label"]) == list(bench_archive.table["label"])
+
+
+def test_bad_splits(bench_archive):
+    table = bench_archive.table
+    with pytest.raises(ValueError, match="valid are scan, organ"):
+        trials.splits(table, "organs")
+    with pytest.raises(ValueError, match="patients in more than one"):
+        trials.splits(table.assign(fold=np.arange(len(table)) % 5), "organ")
+
+
+def outcomes(hits, patients):
+    return pd.DataFrame(
+        {"query": range(len(hits)), "patient": patients, "label": "a",
+         "predicted": ["a" if hit else "b" for hit in hits]}
+    )  # fmt: skip
+
+
+RUNS = [
+    outcomes([1, 1, 0, 0, 1, 1], list("ppqqrr")),
+    outcomes([1, 0, 0, 0, 1, 1], list("ppqqrr")),
+]
+
+
+def test_seeds_by_hand():
+    found = trials.over_seeds(RUNS)
+    assert found["seeds"] == pytest.approx([4 / 6, 3 / 6])
+    assert found["score"] == pytest.approx(7 / 12)
+    assert (found["n"], found["queries"]) == (3, 6)
+
+
+def test_the_interval_is_over_seeds_and_patients():
+    """A loop over the same two sources of chance gives the same interval."""
+    rng, drawn = np.random.default_rng(1), []
+    hits = np.stack([run["predicted"].eq("a").to_numpy() for run in RUNS])
+    patient = RUNS[0]["patient"].to_numpy()
+    for _ in range(4000):
+        rows = np.concatenate(
+            [np.flatnonzero(patient == p) for p in rng.choice(list("pqr"), 3)]
+        )
+        drawn.append(hits[rng.integers(2, size=2)][:, rows].mean())
+    found = trials.over_seeds(RUNS, n_boot=4000)
+    assert found["low"] == pytest.approx(np.quantile(drawn, 0.025), abs=0.05)
+    assert found["high"] == pytest.approx(np.quantile(drawn, 0.975), abs=0.05)
+    one = trials.over_seeds(RUNS[:1] * 2, n_boot=4000)  # two equal seeds add no chance
+    only = bench.p_at_1(RUNS[0], n_boot=4000)
+    assert one["low"] == pytest.approx(only["low"], abs=0.05)
+
+
+def test_differences_are_paired_over_patients_after_averaging_seeds():
+    other = outcomes([0, 0, 0, 0, 1, 1], list("ppqqrr"))
+    found = trials.against(RUNS, other)
+    assert found["difference"] == pytest.approx((0.75 + 0 + 0) / 3)
+    assert found["n"] == 3
+    with pytest.raises(ValueError, match="different queries"):
+        trials.against(RUNS, other.assign(query=range(1, 7)))
+
+
+def test_a_family_is_corrected_over_all_its_comparisons():
+    other = outcomes([0, 0, 0, 0, 1, 1], list("ppqqrr"))
+    runs = {"histogram": {"scan": other}, "a": {"scan": RUNS}, "b": {"scan": RUNS[0]}}
+    found = trials.family(runs, "histogram", ["scan"])
+    assert set(found) == {"a", "b"}
+    for row in found.values():
+        assert row["scan"]["p_holm"] == pytest.approx(min(1, 2 * row["scan"]["p"]))
