@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import warnings
 from pathlib import Path
 
@@ -13,16 +12,18 @@ import requests
 from tqdm import tqdm
 
 from histo_utils.datasets import DATASETS, dataset
+from histo_utils.layouts import class_folders, read_class_folders, read_parts
+from histo_utils.pannuke import read_pannuke
 from histo_utils.patches import check_patches
 from histo_utils.phantom import write_phantom_archive
 from histo_utils.provenance import file_hash, project_folder
 from histo_utils.slides import (
-    IMAGE_SUFFIXES,
     MissingScaleError,
     SlideError,
     open_slide,
     patch_grid,
 )
+from histo_utils.tcga import BARCODE
 
 with warnings.catch_warnings():
     # pooch imports tqdm's widget version, which complains where ipywidgets is missing.
@@ -32,7 +33,18 @@ with warnings.catch_warnings():
 SLIDE_SUFFIXES = {
     ".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".dcm",
 }  # fmt: skip
-TCGA_BARCODE = re.compile(r"TCGA-(\w{2})-\w{4}")
+# Data sets whose folders hold their split or folds: how to get there after `fetch`.
+LAID_OUT = {
+    "kimia_path24": "cut its file with histo_utils.path24.convert_path24(file, folder)",
+    "kimia_path24c": "unpack its training archives into the folder train and its test "
+    "archive into test, each with folders s0 to s23",
+    "nct_crc_he_100k": "unpack NCT-CRC-HE-100K.zip and CRC-VAL-HE-7K.zip there",
+    "nct_crc_he_100k_nonorm": "unpack NCT-CRC-HE-100K-NONORM.zip and CRC-VAL-HE-7K.zip "
+    "there",
+    "crc_val_he_7k": "unpack CRC-VAL-HE-7K.zip there",
+    "pannuke": "turn its arrays into images with "
+    "histo_utils.pannuke.convert_pannuke(folder)",
+}
 CHUNK = 1 << 16  # bytes; at most so many are lost when a download breaks off
 TIMEOUT = 60  # seconds without an answer
 
@@ -229,7 +241,7 @@ def slide_table(folder, mpp=None):
                 f"{folder}: no slides in it; expected files ending in "
                 f"{' '.join(sorted(SLIDE_SUFFIXES))}, or a slides.csv"
             )
-        barcodes = [TCGA_BARCODE.match(p.stem) for p in files]
+        barcodes = [BARCODE.match(p.stem) for p in files]
         table = pd.DataFrame(
             {
                 "image": [str(p) for p in files],
@@ -271,8 +283,9 @@ def patch_table(name, size=None, mpp=None, folder=None):
     ----------
     name : str or pathlib.Path
         A name in `DATASETS` that has a table here (``phantom``, ``monuseg``,
-        ``lc25000_lung``, ``slides``), or a folder: of slides (see `slide_table`), or
-        with one folder of images a class.
+        ``lc25000_lung``, ``slides``, those of `LAID_OUT`), or a folder: of slides (see
+        `slide_table`), with one folder of images a class, or with such folders in one
+        folder for training and one for testing (see `layouts.read_parts`).
     size, mpp : optional
         Patch side in pixels and µm per pixel; 250 px at 0.25 for MoNuSeg, 256 px at
         0.5 for slides, the whole image for image folders.
@@ -282,17 +295,69 @@ def patch_table(name, size=None, mpp=None, folder=None):
     Returns
     -------
     pandas.DataFrame
-        A checked patch table with ``slide_mpp``.
+        A checked patch table with ``slide_mpp``; with ``split`` or ``fold`` where the
+        data set is published so. Kimia Path24 alone has each patient in both splits, by
+        its design: work with one split at a time.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a data set of `LAID_OUT` is not there as folders of images.
     """
+    if str(name) in LAID_OUT:
+        return _laid_out(str(name), Path(folder or data_folder() / str(name)))
     place = locate(name, folder)
     if name == "lc25000_lung":
         return check_patches(_lc25000(place))
     if name == "monuseg":
         return check_patches(_regions(place, size or 250, mpp or 0.25))
-    classes = [p for p in sorted(place.iterdir()) if p.is_dir() and _images(p)]
-    if classes and not (place / "slides.csv").exists():
-        return check_patches(_class_folders(classes))
+    if not (place / "slides.csv").exists():
+        table = _image_folders(place)
+        if table is not None:
+            return table
     return check_patches(_tissue_patches(slide_table(place), size or 256, mpp or 0.5))
+
+
+def _laid_out(name, place):
+    # Files are compared with their checksums when got, not each time: 29 GB take long.
+    table = _image_folders(place)
+    wanted = ["test"] if name == "crc_val_he_7k" else ["train", "test"]
+    missing = [split for split in wanted if not _has(table, split)]
+    apart = name.startswith("nct_crc")  # its test set is a data set of its own
+    sources = ["crc_val_he_7k" if apart and s == "test" else name for s in missing]
+    for source in dict.fromkeys(sources):
+        fetch(source, place)
+    table = _image_folders(place) if missing else table
+    if not all(_has(table, split) for split in wanted):
+        raise FileNotFoundError(
+            f"{place}: {dataset(name).title} is not there as folders of images; "
+            f"{LAID_OUT[name]}"
+        )
+    return table
+
+
+def _has(table, split):
+    if table is None:
+        return False
+    return "fold" in table or split in set(table.get("split", []))
+
+
+def _image_folders(place):
+    """Table of a folder of image folders, checked; None if it is no such folder."""
+    if not place.is_dir():
+        return None
+    table = read_parts(place)
+    table = read_pannuke(place) if table is None else table
+    if table is None and class_folders(place):
+        table = read_class_folders(place)
+    if table is None:
+        return None
+    if "split" in table and table["patient"].equals(table["label"]):
+        # Kimia Path24: its slides are in both splits by design, and told so.
+        for _, part in table.groupby("split"):
+            check_patches(part)
+        return table
+    return check_patches(table)
 
 
 def _regions(folder, size, mpp):
@@ -328,25 +393,3 @@ def _lc25000(folder):
             "slide": images["source_tile"], "patient": images["source_tile"],
         }
     )  # fmt: skip
-
-
-def _class_folders(classes):
-    rows = []
-    for folder in classes:
-        for path in _images(folder):
-            with open_slide(path, 1.0) as image:
-                if len(set(image.dimensions)) != 1:
-                    raise ValueError(
-                        f"{path}: {image.dimensions} px; expected square images in "
-                        "class folders"
-                    )
-                rows.append((str(path), image.dimensions[0], folder.name, path.stem))
-    table = pd.DataFrame(rows, columns=["image", "size", "label", "slide"])
-    return table.assign(
-        x=0, y=0, mpp=float("nan"), slide_mpp=float("nan"), patient=table["slide"]
-    )
-
-
-def _images(folder):
-    suffixes = IMAGE_SUFFIXES | {".tif", ".tiff"}
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes)

@@ -139,7 +139,8 @@ def _codes(queries, gallery, columns, why):
 
 def _touching(gallery, queries):
     """Pairs (query row, gallery row) of one slide that overlap or touch."""
-    qs, gs = _codes(queries, gallery, ["slide"], "exclude='touching'")
+    where = [c for c in ("slide", "image") if c == "slide" or c in queries]
+    qs, gs = _codes(queries, gallery, where, "exclude='touching'")
     for table in (queries, gallery):
         _codes(table, table, ["x", "y", "size"], "exclude='touching'")
     found = [np.empty((2, 0), np.int64)]

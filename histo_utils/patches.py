@@ -225,6 +225,9 @@ def leakage_report(table, assignment="split", pixels=True):
 def touching_pairs(table):
     """Pairs of patches of one slide that overlap, or touch at an edge or a corner.
 
+    Patches that are image files of their own (Kimia Path24) have no known place on
+    their slide: they touch nothing.
+
     Returns
     -------
     numpy.ndarray
@@ -234,7 +237,8 @@ def touching_pairs(table):
     side = (table["size"] * scale).to_numpy(float)
     places = table[["x", "y"]].to_numpy(float)
     found = [np.empty((0, 2), int)]
-    for rows in table.groupby("slide", sort=False).indices.values():
+    where = [c for c in ("slide", "image") if c in table]
+    for rows in table.groupby(where, sort=False).indices.values():
         reach = np.median(side[rows]) * 1.001
         pairs = cKDTree(places[rows]).query_pairs(
             reach, p=np.inf, output_type="ndarray"

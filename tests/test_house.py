@@ -31,7 +31,7 @@ FLOORS = [
     {"patches", "mosaic", "search", "phantom", "path24", "pannuke"},
     {"catalog", "loaders", "protocols", "measurements"},
     {"training", "batches", "encoders", "baselines", "bench", "pitfalls", "atlas"},
-    {"trials", "plots"},
+    {"trials", "plots", "collection"},
 ]
 MAY_IMPORT_TORCH = {"networks", "losses", "loaders", "batches", "encoders", "training"}
 PACKAGE = ROOT / "histo_utils"

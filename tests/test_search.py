@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 
+from histo_utils import patches
 from histo_utils import search as module
 from histo_utils.embeddings import Embeddings
 from histo_utils.search import (
@@ -260,6 +261,18 @@ def test_a_duplicate_is_found_and_the_query_is_not(golden):
         gallery = Embeddings(toy[vectors], table)
         ids, _ = Archive(gallery).search(gallery, 1, "self")
         np.testing.assert_array_equal(ids[:, 0], toy[nearest])
+
+
+def test_patches_that_are_files_of_their_own_touch_nothing():
+    """Kimia Path24's lie at (0, 0) each: their place on the slide is not known."""
+    table = pd.DataFrame(
+        {"image": ["a.png", "b.png", "b.png"], "slide": "s0", "patient": "s0",
+         "label": "s0", "x": [0, 0, 50], "y": 0, "size": 100, "mpp": 0.5}
+    )  # fmt: skip
+    made = Embeddings(np.eye(3, dtype=np.float32), table)
+    assert patches.touching_pairs(table).tolist() == [[1, 2]]
+    ids, _ = Archive(made).search(made.take([0]), 2, "touching")
+    assert sorted(ids[0].tolist()) == [1, 2]
 
 
 def test_touching_counts_corners_not_gaps():

@@ -1,0 +1,193 @@
+"""Tiny versions of the papers' data, in the folders and files of the real thing.
+
+Each function writes into a folder that it makes, and returns what a test needs to know.
+The pictures are noise with a texture and a colour for each class: never evidence.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import tifffile
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from histo_utils.catalog import slide_table
+from histo_utils.layouts import NCT_CLASSES
+from histo_utils.mosaic import extract_mosaics
+from histo_utils.phantom import write_phantom_archive
+
+SIDE = 64  # px of a patch; the papers have 1000, 224 and 256
+# Of a Path24 scan: 3 × 4 whole cells, and a rest below and to the right.
+SCAN = (3 * SIDE + 20, 4 * SIDE + 10)
+TCGA_SITES = (("05", "LUAD"), ("18", "LUSC"))  # source-site codes and their projects
+
+
+def grey_texture(shape, kind, rng):
+    """Grey noise 40–200, coarser and darker from one kind to the next; uint8."""
+    field = gaussian_filter(rng.standard_normal(shape), 1 + kind % 3)
+    field = (field - field.mean()) / field.std()
+    return np.clip(130 - 8 * (kind % 5) + 25 * field, 40, 200).astype(np.uint8)
+
+
+def colour_texture(side, kind, rng):
+    """RGB noise in pinks and purples, one hue a kind; uint8 (side, side, 3)."""
+    tint = np.array([200, 120 + 15 * (kind % 4), 150 + 20 * (kind % 3)])
+    dark = grey_texture((side, side), kind, rng)[..., None] / 200
+    return np.rint(tint * dark + 20).astype(np.uint8)
+
+
+def path24_h5(folder, n_scans=3, seed=0):
+    """Kimia Path24's HDF5 file: scans with whitened test places, and test patches.
+
+    In each scan the cell at (0, 0) is bright ground; the one at (0, 1) is ground but
+    for 0.8 % (homogeneous) and the one at (0, 2) but for 1.2 % (kept). One test place
+    lies across four cells; one lies at the lower edge, below the grid's end, and is
+    white too.
+
+    Returns
+    -------
+    dict
+        ``file`` (path), ``places`` (label to list of (y, x), in pixels), ``kept``
+        (label to the set of (y, x) of the training patches), ``scans`` (label to the
+        raw scan), ``targets`` (list of int), ``side``.
+    """
+    import h5py
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    places = [(SIDE + 30, 2 * SIDE - 20), (SCAN[0] - SIDE, 0)]
+    cells = {(y, x) for y in range(0, 3 * SIDE, SIDE) for x in range(0, 4 * SIDE, SIDE)}
+    # Worked out by hand: the first place spans rows 94–157 and columns 108–171, so the
+    # cells of rows 1, 2 and columns 1, 2; the second rows 148–211, columns 0–63.
+    lost = {(1, 1), (1, 2), (2, 1), (2, 2), (2, 0), (0, 0), (0, 1)}
+    kept = cells - {(row * SIDE, column * SIDE) for row, column in lost}
+    truth = {"places": {}, "kept": {}, "scans": {}, "targets": [], "side": SIDE}
+    patches = []
+    truth["file"] = folder / "Kimia_Path24.h5"
+    with h5py.File(truth["file"], "w") as file:
+        for number in range(n_scans):
+            scan = grey_texture(SCAN, number, rng)
+            ground = rng.integers(235, 250, (SIDE, 3 * SIDE), np.uint8)
+            for column, share in ((1, 0.008), (2, 0.012)):
+                cell = ground[:, column * SIDE : (column + 1) * SIDE]
+                some = rng.permutation(SIDE**2)[: round(share * SIDE**2)]
+                cell[some // SIDE, some % SIDE] = 100
+            scan[:SIDE, : 3 * SIDE] = ground
+            for y, x in places:
+                scan[y + 9 : y + 12, x + 9 : x + 12] = 245  # a little ground in it
+                place = np.s_[y : y + SIDE, x : x + SIDE]
+                patches.append(scan[place].copy())
+                truth["targets"].append(number)
+                scan[place] = 255
+            file[f"scan{number}/data"] = scan
+            file[f"scan{number}/thumbnail"] = scan[::8, ::8]
+            label = f"s{number}"
+            truth["places"][label], truth["kept"][label] = places, kept
+            truth["scans"][label] = scan
+        file["test_data/patches"] = np.stack(patches)
+        file["test_data/targets"] = np.array(truth["targets"])
+    return truth
+
+
+def path24_rgb(folder, n_classes=3, n_train=4, n_test=2, seed=0):
+    """KIMIAPath24_RGB: ``Training/s<k>`` and ``RGBPatches-test/s<k>``; its folder."""
+    counts = {"Training": n_train, "RGBPatches-test": n_test}
+    return _colour_parts(Path(folder) / "KIMIAPath24_RGB", counts, n_classes, seed)
+
+
+def path24c(folder, n_classes=3, n_train=4, n_test=2, seed=0):
+    """Path24C, unpacked into ``train/s<k>`` and ``test/s<k>``; its folder.
+
+    One training file is there twice, as when the release's archives overlap.
+    """
+    counts = {"train": n_train, "test": n_test}
+    place = _colour_parts(Path(folder) / "kimia_path24c", counts, n_classes, seed)
+    first = place / "train" / "s0" / "s0_0.jpg"
+    first.with_name("s0_900.jpg").write_bytes(first.read_bytes())
+    return place
+
+
+def nct_crc(folder, n_train=3, n_test=1, seed=0):
+    """NCT-CRC-HE-100K and CRC-VAL-HE-7K, nine classes each; the folder of both."""
+    folder, rng = Path(folder) / "nct_crc_he_100k", np.random.default_rng(seed)
+    for name, count in (("NCT-CRC-HE-100K", n_train), ("CRC-VAL-HE-7K", n_test)):
+        for kind, label in enumerate(NCT_CLASSES):
+            (folder / name / label).mkdir(parents=True)
+            for _ in range(count):
+                letters = "".join(rng.choice(list("ACDEFGHIKLMNPQRSTVWY"), 8))
+                own = f"TCGA-{letters}" if name.startswith("CRC") else letters
+                path = folder / name / label / f"{label}-{own}.tif"
+                tifffile.imwrite(path, colour_texture(SIDE, kind, rng))
+    return folder
+
+
+def tcga(folder, n_slides=4, size=128, seed=0):
+    """Phantoms with TCGA's names, a table of labels, and the mosaics of chapter 02.
+
+    Half of the slides are from each of two source sites, so of two projects. The
+    slides are real pyramids; their pixels are phantoms.
+
+    Returns
+    -------
+    dict
+        ``slides`` (folder of the slides), ``mosaics`` (folder of one Parquet file a
+        slide), ``sites`` (path of a table of source sites), ``projects`` (slide name to
+        project).
+    """
+    folder = Path(folder)
+    made, named = folder / "phantoms", folder / "slides"
+    table = write_phantom_archive(made, n_scans=n_slides, seed=seed)
+    named.mkdir(parents=True)
+    projects = {}
+    for i, file in enumerate(table["file"]):
+        code, project = TCGA_SITES[i % 2]
+        name = f"TCGA-{code}-{1000 + i}-01Z-00-DX1.{i:08x}-0000-4000-8000-000000000000"
+        (made / file).rename(named / f"{name}.svs")
+        projects[name] = project
+    sites = folder / "sites.tsv"
+    sites.write_text(
+        "TSS Code\tSource Site\tStudy Name\tBCR\n"
+        "05\tIndivumed\tLung adenocarcinoma\tIGC\n"
+        "18\tPrincess Margaret Hospital (Canada)\tLung squamous cell carcinoma\tNCH\n"
+        "NA\tnowhere\tUterine Carcinosarcoma\tNCH\n"
+        "07\tTGen\tCell Line Control\tIGC\n"
+    )
+    with ThreadPoolExecutor(1) as executor:
+        extract_mosaics(
+            slide_table(named), folder / "mosaics", executor, progress=False,
+            size=size, mpp=0.5, overlap=0.25, fraction=0.1,
+        )  # fmt: skip
+    return {
+        "slides": named, "mosaics": folder / "mosaics", "sites": sites,
+        "projects": projects,
+    }  # fmt: skip
+
+
+def pannuke(folder, n=4, seed=0):
+    """PanNuke's three folds: ``images.npy`` (float64) and ``types.npy``; the folder."""
+    folder, rng = Path(folder) / "pannuke", np.random.default_rng(seed)
+    tissues = ["Adrenal_gland", "Bile-duct", "Breast", "Colon"]
+    for k in (1, 2, 3):
+        place = folder / f"Fold {k}" / "images" / f"fold{k}"
+        place.mkdir(parents=True)
+        kinds = np.arange(n) % len(tissues)
+        pixels = np.stack([colour_texture(SIDE, kind, rng) for kind in kinds])
+        np.save(place / "images.npy", pixels.astype(np.float64))
+        np.save(place / "types.npy", np.array(tissues)[kinds])
+    return folder
+
+
+def _colour_parts(folder, counts, n_classes, seed):
+    rng = np.random.default_rng(seed)
+    for part, count in counts.items():
+        for kind in range(n_classes):
+            place = folder / part / f"s{kind}"
+            place.mkdir(parents=True)
+            for i in range(count):
+                picture = Image.fromarray(colour_texture(SIDE, kind, rng))
+                picture.save(place / f"s{kind}_{i}.jpg", quality=95)
+    return folder
