@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 import warnings
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 from threadpoolctl import threadpool_limits
@@ -71,8 +72,8 @@ def _lines(work, jobs, out, executor):
     if executor is not None:
         yield from _gather(work, jobs, out, executor, _lost)
         return
-    with _pool(min(os.cpu_count() or 1, len(jobs))) as pool:
-        yield from _gather(work, jobs, out, pool, _alone)
+    with pool(min(os.cpu_count() or 1, len(jobs))) as workers:
+        yield from _gather(work, jobs, out, workers, _alone)
 
 
 def _gather(work, jobs, out, executor, after_a_death):
@@ -86,9 +87,9 @@ def _gather(work, jobs, out, executor, after_a_death):
 
 def _alone(work, job, out):
     """Work on one job in a process of its own: a worker died, perhaps over another."""
-    with _pool(1) as pool:
+    with pool(1) as workers:
         try:
-            return pool.submit(_one, work, job, out).result()
+            return workers.submit(_one, work, job, out).result()
         except BrokenExecutor:
             return _lost(work, job, out)
 
@@ -98,12 +99,28 @@ def _lost(_work, job, out):
     return _write(job, out, {"status": "failed", "message": message})
 
 
-def _pool(workers):
+def pool(count):
+    """Return a pool of so many processes, which end when this one is killed."""
     # Spawned, not forked: a notebook's process has threads, and a fork can hang.
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    return ProcessPoolExecutor(count, get_context("spawn"), _end_with_parent)
+
+
+def _end_with_parent():
+    """Watch, in a worker, for the death of the process that started it.
+
+    A killed parent tells nobody, and its workers would wait for work for ever.
+    """
+
+    def wait():
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _one(work, job, out):
+    # An old line must not vouch for a new product if this process is killed between.
+    (out / f"{job['name']}.json").unlink(missing_ok=True)
     start = time.perf_counter()
     with warnings.catch_warnings(record=True) as said, threadpool_limits(1):
         # One thread a process, because the processes already fill the cores.

@@ -6,8 +6,10 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 
 from histo_utils.batch import run_batch
@@ -21,6 +23,9 @@ def work(job, out):
         os.kill(os.getpid(), signal.SIGKILL)
     if job["do"] == "warn":
         warnings.warn("take care", stacklevel=1)
+    if job["do"] == "pid":
+        (out / f"{os.getpid()}.pid").touch()
+        time.sleep(120)
     if job["do"] == "slow":
         time.sleep(0.4)
     with (out / "calls.txt").open("a") as calls:
@@ -109,6 +114,43 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
         lines = run_batch(work, jobs(*["slow"] * 6), out, pool, progress=False)
     assert sum(line["resumed"] for line in lines) == finished
     assert [line["squared"] for line in lines] == [i**2 for i in range(6)]
+
+
+def test_an_old_line_does_not_vouch_for_work_that_was_cut_off(tmp_path):
+    old = {"name": "s0", "image": "none", "do": "", "value": 7}
+    with ThreadPoolExecutor(1) as pool:
+        run_batch(work, [old], tmp_path, pool, progress=False)
+        seen = []
+        run_batch(partial(watching, seen), jobs(""), tmp_path, pool, progress=False)
+    assert seen == [False]  # the line of value 7 was gone while value 0 was worked on
+
+
+def watching(seen, job, out):
+    seen.append((out / f"{job['name']}.json").exists())
+    return {}
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from test_batch import *\n"
+        "if __name__ == '__main__':\n"
+        "    run_batch(work, jobs('pid', 'pid'), Path(sys.argv[2]))\n"
+    )
+    (tmp_path / "run.py").write_text(script)
+    here = str(Path(__file__).parent)
+    command = [sys.executable, str(tmp_path / "run.py"), here, str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("*.pid")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    workers = [int(path.stem) for path in tmp_path.glob("*.pid")]
+    assert workers and all(psutil.pid_exists(pid) for pid in workers)
+    process.kill()
+    process.wait()
+    while any(map(psutil.pid_exists, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(psutil.pid_exists, workers))
 
 
 @pytest.mark.slow
