@@ -28,8 +28,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
+from histo_utils.barcodes import bag_distances
 from histo_utils.embeddings import standardise
-from histo_utils.search import Archive, Exclusion, median_of_min_matrix, minmax_barcode
+from histo_utils.search import Archive, Exclusion, minmax_barcode
 
 C_VALUES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -256,8 +257,10 @@ def slide_bags(embeddings, barcode=False):
     return [features[groups[slide]] for slide in slides["slide"]], slides
 
 
-def slide_search(bags, table, k=3, exclude="patient", metric=None) -> pd.DataFrame:
-    """Let every slide search among the others by the median of minimum distances.
+def slide_search(
+    bags, table, k=3, exclude="patient", metric=None, reduce="median", shortlist=None
+) -> pd.DataFrame:
+    """Let every slide search among the others by the distances of their patches.
 
     ``predicted`` is the majority of the k nearest slides; of equally frequent labels
     the one met first in distance order (Yottixel's rule). Equal distances: the slide
@@ -266,19 +269,25 @@ def slide_search(bags, table, k=3, exclude="patient", metric=None) -> pd.DataFra
     Parameters
     ----------
     bags : list of (n_i, d) arrays
-        Bits or float features of each slide's patches (`slide_bags`).
+        Bits or float features of each slide's patches (`slide_bags`). One vector a
+        slide, a mean say, is a bag of one.
     table : DataFrame
         One row a slide: ``slide``, ``label``; ``patient`` to exclude by patient.
     k : int
     exclude : {"slide", "patient"}
         Yottixel leaves out the query slide only; a patient's other slides are no
         independent find.
-    metric : see `search.median_of_min`
+    metric, reduce : see `barcodes.bag_distances`
+        By default the median of the minimum distances.
+    shortlist : outcomes, optional
+        Of an earlier search of the same slides, by barcodes say: each query then
+        compares itself with the neighbours found there, and ranks them anew.
 
     Raises
     ------
     ValueError
-        As `leave_one_out`; slides and rows of different number.
+        As `leave_one_out`; slides and rows of different number; a shortlist of other
+        slides, shorter than k, or with slides that ``exclude`` forbids.
     """
     if exclude not in ("slide", "patient") or len(bags) != len(table):
         raise ValueError(
@@ -289,14 +298,72 @@ def slide_search(bags, table, k=3, exclude="patient", metric=None) -> pd.DataFra
     banned = Exclusion(table, table, exclude)
     banned.check(k)
     relevant = _relevant(banned, table)
-    distances = median_of_min_matrix(bags, metric)
     rows = np.arange(len(bags))
-    distances[banned.forbids(rows[:, None], rows)] = np.inf
+    forbidden = banned.forbids(rows[:, None], rows)
+    listed = None
+    if shortlist is not None:
+        listed = _listed(shortlist, len(bags), k, forbidden, exclude)
+    distances = bag_distances(bags, None, metric, reduce, listed)
+    distances[forbidden] = np.inf
     ids = np.argsort(distances, axis=1, kind="stable")[:, :k]
     labels = table["label"].to_numpy()[ids]
     votes = [Counter(row.tolist()).most_common(1)[0][0] for row in labels]
     near = np.take_along_axis(distances, ids, axis=1)
     return _outcomes(table, votes, ids, labels, near, relevant)
+
+
+def vertical_search(bags, table, within, k=3, **how) -> pd.DataFrame:
+    """Let every slide search among the slides that share its value of a column.
+
+    KimiaNet's vertical search: sub-types are told apart within a tumour's site. Each
+    value is a `slide_search` of its own; ids are rows of the whole ``table``.
+
+    Parameters
+    ----------
+    bags, table, k : see `slide_search`
+    within : str
+        Column that query and found slide share, without gaps.
+    **how
+        ``exclude``, ``metric`` and ``reduce`` of `slide_search`.
+
+    Raises
+    ------
+    ValueError
+        As `slide_search`, the value of the column named: a label that is alone in it,
+        say.
+    """
+    _check_columns(table, [within])
+    parts = []
+    for value, rows in table.groupby(within).indices.items():
+        try:
+            part = slide_search([bags[i] for i in rows], table.iloc[rows], k, **how)
+        except ValueError as error:
+            raise ValueError(f"within {within} {str(value)!r}: {error}") from error
+        part["query"] = rows
+        part["neighbours"] = list(rows[np.stack(part["neighbours"])])
+        parts.append(part)
+    return pd.concat(parts).sort_values("query", ignore_index=True)
+
+
+def _listed(shortlist, n, k, forbidden, exclude):
+    """Return the slides that an earlier search found for each query, (n, m)."""
+    if len(shortlist) != n or shortlist["query"].tolist() != list(range(n)):
+        raise ValueError(
+            f"the shortlist has {len(shortlist)} queries for {n} slides; expected "
+            "outcomes of slide_search of the same slides"
+        )
+    listed = np.stack(shortlist["neighbours"])
+    if listed.shape[1] < k:
+        raise ValueError(
+            f"k={k} of a shortlist of {listed.shape[1]}; search the shortlist with a "
+            "larger k"
+        )
+    if np.take_along_axis(forbidden, listed, axis=1).any():
+        raise ValueError(
+            f"the shortlist holds slides that exclude={exclude!r} forbids; search it "
+            "with the same exclude"
+        )
+    return listed
 
 
 def _retrieve(queries, gallery, k, exclude, archive):

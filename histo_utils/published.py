@@ -42,6 +42,57 @@ KIEFFER_GAIN = 8.74  # "≈ 8.74 %" of the same paper's text
 # Source: output of notebook 02, camilo-nunez/ffnir at commit cac8757.
 LGFFEM_ETA = (99.40, 99.47, 98.87)
 
+# KimiaNet (Riasatian et al. 2021), vertical search, F1 in percent: slides n, then the
+# ImageNet DenseNet-121 (DN) and KimiaNet I to IV. Read from the table in the authors'
+# repository (KimiaLabMayo/KimiaNet at commit 8a2f120, image-1.png); rows by site.
+KIMIANET_COLUMNS = ("n", "DN", "I", "II", "III", "IV")
+KIMIANET_F1 = {
+    "brain": {
+        "LGG": (39, 71, 75, 82, 85, 81),
+        "GBM": (35, 77, 73, 80, 83, 81),
+    },
+    "endocrine": {
+        "THCA": (51, 94, 98, 98, 99, 100),
+        "ACC": (6, 25, 25, 20, 55, 44),
+        "PCPG": (15, 57, 75, 73, 80, 85),
+    },
+    "gastrointestinal": {
+        "ESCA": (14, 50, 73, 50, 83, 78),
+        "COAD": (32, 65, 76, 75, 75, 76),
+        "STAD": (30, 63, 77, 73, 84, 86),
+        "READ": (12, 22, 30, 26, 29, 30),
+    },
+    "gynaecological": {
+        "UCS": (3, 75, 86, 60, 75, 86),
+        "CESC": (17, 88, 97, 84, 97, 94),
+        "OV": (10, 67, 89, 74, 95, 95),
+    },
+    "liver and pancreas": {
+        "CHOL": (4, 29, 40, 31, 40, 40),
+        "LIHC": (35, 86, 94, 87, 97, 96),
+        "PAAD": (12, 70, 73, 56, 82, 76),
+    },
+    "melanocytic": {
+        "SKCM": (24, 92, 94, 94, 98, 94),
+        "UVM": (4, 0, 40, 40, 86, 67),
+    },
+    "prostate and testis": {
+        "PRAD": (40, 99, 100, 99, 100, 100),
+        "TGCT": (13, 96, 100, 96, 100, 100),
+    },
+    "pulmonary": {
+        "LUAD": (38, 65, 73, 72, 69, 78),
+        "LUSC": (43, 69, 74, 74, 75, 84),
+        "MESO": (5, 0, 0, 0, 33, 75),
+    },
+    "urinary": {
+        "BLCA": (34, 90, 96, 93, 93, 93),
+        "KIRC": (50, 83, 95, 99, 97, 97),
+        "KIRP": (28, 77, 91, 91, 91, 91),
+        "KICH": (11, 48, 86, 78, 84, 86),
+    },
+}
+
 RECOMPUTED = "recomputed from what was released"
 ELSEWHERE = "re-implemented on other data"
 _PAPER = "not run: make book PROFILE=paper, with the paper's data (chapter {}, planned)"
