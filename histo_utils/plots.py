@@ -6,8 +6,6 @@ with colour-blind eyes and on a light and a dark page.
 
 from __future__ import annotations
 
-import zlib
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -17,19 +15,9 @@ from matplotlib.patches import Rectangle
 from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
 from scipy.spatial.distance import cdist
 
-# Paul Tol's muted set, and two greys-with-hue for what it lacks.
-PALETTE = (
-    "#332288", "#CC6677", "#117733", "#DDCC77", "#88CCEE",
-    "#882255", "#44AA99", "#999933", "#AA4499", "#6F6F6F",
-)  # fmt: skip
-CLASSES = (
-    ("bladder", "brain", "breast", "colon", "kidney", "liver", "lung", "prostate",
-     "stomach"),
-    ("fibrous", "glandular", "lymphoid", "papillary"),
-    ("lung_aca", "lung_n", "lung_scc"),
-    ("FFPE", "frozen"),
-    ("train", "validation", "test"),
-)  # fmt: skip
+from histo_utils.atlas import atlas as atlas  # also asked for as plots.atlas
+from histo_utils.colours import PALETTE, colour_of
+
 MARKERS = "osD^vP<>X*"
 LENGTHS = (5, 10, 20, 25, 50, 100, 200, 250, 500, 1000, 2000, 5000, 10_000)  # µm
 
@@ -50,23 +38,6 @@ def style():
     )
 
 
-def colour_of(label):
-    """Return the colour of a class, the same in every chapter.
-
-    Names that the book does not know get one by their spelling, so that it does not
-    depend on what else is in the figure.
-
-    Examples
-    --------
-    >>> colour_of("breast") == colour_of("breast") != colour_of("colon")
-    True
-    """
-    for names in CLASSES:
-        if label in names:
-            return PALETTE[names.index(label)]
-    return PALETTE[zlib.crc32(str(label).encode()) % len(PALETTE)]
-
-
 def show_tissue(ax, image, mpp=None, title=None):
     """Show an image (h, w, 3) without ticks; with a scale bar if ``mpp`` is known."""
     ax.imshow(image, interpolation="nearest" if image.shape[0] < 100 else "antialiased")
@@ -76,6 +47,39 @@ def show_tissue(ax, image, mpp=None, title=None):
         ax.set_title(title)
     if mpp:
         scale_bar(ax, image.shape[1], mpp)
+    return ax
+
+
+def show_heat(ax, image, heat, mpp=None, title=None):
+    """Show an image with a heat map over it, the hotter the more opaque.
+
+    Parameters
+    ----------
+    ax : matplotlib.axes.Axes
+    image : (h, w, 3) uint8 array
+    heat : (u, v) array, 0–1
+        Stretched over the image, such as one of `networks.gradcam.grad_cam`.
+    mpp : float, optional
+        µm per pixel of the image, for a scale bar.
+    title : str, optional
+
+    Raises
+    ------
+    ValueError
+        A heat map that is not (u, v), or holds values outside 0–1.
+    """
+    heat = np.asarray(heat, float)
+    if heat.ndim != 2 or not ((heat >= 0) & (heat <= 1)).all():
+        raise ValueError(
+            f"the heat map is {heat.shape}, {heat.min():.3g} to {heat.max():.3g}; "
+            "expected (u, v), 0–1: give one image's, divided by its highest value"
+        )
+    show_tissue(ax, image, mpp, title)
+    height, width = image.shape[:2]
+    ax.imshow(
+        heat, cmap="viridis", vmin=0, vmax=1, alpha=0.65 * heat,
+        extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="bilinear",
+    )  # fmt: skip
     return ax
 
 

@@ -56,6 +56,21 @@ def test_scatter_by_gives_a_value_its_own_colour():
     assert colours == [plots.colour_of(name).lower() for name in names]
 
 
+def test_heat_covers_the_image_and_hides_nothing_where_it_is_cold():
+    _, ax = plt.subplots()
+    heat = np.array([[0.0, 0.5], [0.25, 1.0]])
+    plots.show_heat(ax, np.full((40, 60, 3), 200, np.uint8), heat, mpp=0.5)
+    tissue, over = ax.images
+    assert tuple(over.get_extent()) == tuple(tissue.get_extent())
+    np.testing.assert_array_equal(over.get_array(), heat)
+    np.testing.assert_allclose(over.get_alpha(), 0.65 * heat)
+    assert over.get_clim() == (0, 1)
+    assert len(ax.artists) == 1
+    for wrong in (heat * 2, heat[None], heat * np.nan):
+        with pytest.raises(ValueError, match=r"expected \(u, v\), 0–1"):
+            plots.show_heat(ax, np.zeros((4, 4, 3), np.uint8), wrong)
+
+
 def test_retrieval_atlas_has_one_scale_bar():
     image = np.zeros((20, 20, 3), np.uint8)
     search = [(image, "lung", "#332288")] * 4

@@ -1,0 +1,194 @@
+"""Encoders of pretrained timm networks, frozen or with a part to be trained."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import timm
+import torch
+
+from histo_utils.encoders.checkpoints import fit_state, local_weights, read_state
+from histo_utils.encoders.encoder import Card, Encoder
+from histo_utils.encoders.recipes import build
+from histo_utils.loaders import INTERPOLATIONS, Preprocessing
+from histo_utils.networks.projected import Pooled
+
+# The book's common network: an 8-bit release with the batch norm folded in, decoded to
+# floats; padded as TensorFlow pads. timm's own weights of that name are others.
+_MOBILENET = "mobilenetv2_100"
+
+
+def frozen(
+    name, weights=None, *, pooling="head", size=None, seed=None, device="cpu",
+    options=None,
+) -> Encoder:  # fmt: skip
+    """Build an encoder from timm, in evaluation mode, its parameters frozen.
+
+    Weights are those of ``seed`` (random), or of ``weights``, or of
+    ``$HISTO_WEIGHTS/<name>.safetensors`` (or ``<name>.<tag>.safetensors``) if there is
+    such a file, else timm's from the Hugging Face hub.
+
+    Parameters
+    ----------
+    name : str
+        As timm knows it: ``vgg16.tv_in1k``, ``inception_v3.tv_in1k``, …; or a timm
+        model of anybody's, ``hf-hub:<owner>/<model>`` or ``local-dir:<folder>``. What
+        such a model was trained on is not known here: its card says so.
+    weights : path, optional
+        A ``.safetensors`` or PyTorch state dict; loaded strictly.
+    pooling : {"head", "mean", "mean_before_relu"}
+        See `Pooled`.
+    size : int, optional
+        Input side in pixels; default that of the weights.
+    seed : int, optional
+        Random weights, for tests and as a baseline.
+    device : str
+        Where the network is put.
+    options : dict, optional
+        Further arguments of ``timm.create_model``, where the model's page asks for
+        some (``{"init_values": 1e-5}``).
+
+    Raises
+    ------
+    ValueError
+        A name that timm does not know (the nearest are named), weights and seed both,
+        or weights of another network.
+    FileNotFoundError
+        Weights neither here nor on the hub; the message says what to do.
+
+    Notes
+    -----
+    ``mobilenetv2_100`` without a tag, from a file or a seed, is the book's common
+    network: padded as TensorFlow does (``pad_type="same"``), RGB/127.5 - 1, 224 px,
+    bilinear. With a tag, or from the hub, it is timm's.
+    """
+    if weights is not None and seed is not None:
+        raise ValueError(f"weights={weights} and seed={seed} were given; expected one")
+    foreign = ":" in name  # somebody's model, not one of timm's own list
+    if not foreign:
+        _check_name(name)
+    path = weights
+    if seed is None and weights is None:
+        path = local_weights(name)
+    ours = name == _MOBILENET and (seed is not None or path is not None)
+    options = ({"pad_type": "same"} if ours else {}) | (options or {})
+    if seed is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = timm.create_model(name, **options)
+        source, licence = f"random, seed {seed}", "none"
+    elif path is not None:
+        network = timm.create_model(name, **options)
+        fit_state(network, read_state(path), str(path))
+        source = Path(path).name
+        licence = "Apache-2.0" if ours else network.pretrained_cfg.get("license")
+    else:
+        network = _from_hub(name, options)
+        source = name if foreign else network.pretrained_cfg.get("hf_hub_id") or name
+        licence = network.pretrained_cfg.get("license")
+    pooled = Pooled(network, pooling).requires_grad_(False).eval().to(device)
+    known = None if foreign else False
+    card = Card(source, pooling, licence or "unknown", None, gated=known, tcga=known)
+    recipe = {"network": "timm", "name": name, "pooling": pooling, **options}
+    recipe = None if foreign else recipe  # its layers stand in somebody's file
+    preprocessing = _preprocessing(network, ours, size)
+    return Encoder(name, pooled, preprocessing, pooled.dimension, card, recipe)
+
+
+def projected(encoder, dim=128, seed=0) -> Encoder:
+    """Put a linear layer and the L2 normalisation on a timm encoder, to be trained.
+
+    Parameters
+    ----------
+    encoder : Encoder
+        From `frozen`; its network is shared, not copied, and gets its gradients back.
+    dim : int
+        Length of the new vectors.
+    seed : int
+        Of the linear layer.
+    """
+    recipe = {**_timm_recipe(encoder), "network": "projected", "dim": dim}
+    network = build(recipe, seed)
+    network.body = encoder.network.requires_grad_(True)
+    name = f"{encoder.name}, projected to {dim}"
+    card = replace(encoder.card, pooling=f"{encoder.card.pooling}, linear, unit length")
+    return Encoder(name, network, encoder.preprocessing, dim, card, recipe)
+
+
+def fused(encoder, seed=0, **options) -> Encoder:
+    """Put LGFFEM's fusion neck and heads on the maps of a timm encoder, to be trained.
+
+    Parameters
+    ----------
+    encoder : Encoder
+        From `frozen`; its weights are copied into the backbone.
+    seed : int
+        Of neck and heads.
+    **options
+        ``out_indices``, ``channels``, ``num_layers``, ``grn``, ``p``, ``dropout`` and
+        ``normalise`` of `recipes.fusion`.
+    """
+    recipe = {**_timm_recipe(encoder), "network": "fusion", **options}
+    recipe.pop("pooling")
+    network = build(recipe, seed, source=encoder.network.network.state_dict())
+    card = replace(encoder.card, pooling="4 maps fused, GeM each")
+    name, dimension = f"{encoder.name}, fused", network.dimension
+    return Encoder(name, network, encoder.preprocessing, dimension, card, recipe)
+
+
+def _timm_recipe(encoder):
+    if encoder.recipe is None or encoder.recipe.get("network") != "timm":
+        raise ValueError(
+            f"{encoder.name} is not a plain timm network; give an encoder of frozen()"
+        )
+    return encoder.recipe
+
+
+def _check_name(name):
+    stem = name.split(".")[0]
+    if not timm.is_model(stem):
+        near = difflib.get_close_matches(stem, timm.list_models(), 3, 0.5)
+        raise ValueError(
+            f"timm has no network {stem!r}; nearest: {', '.join(near) or 'none'}"
+        )
+    tags = timm.list_pretrained(f"{stem}.*")
+    if "." in name and name not in tags:
+        raise ValueError(
+            f"timm has no weights {name!r}; it has {', '.join(tags) or 'none'}"
+        )
+
+
+def _from_hub(name, options):
+    try:
+        return timm.create_model(name, pretrained=True, **options)
+    except Exception as error:  # no network, no such weights, no room: many types
+        if ":" in name:
+            raise FileNotFoundError(
+                f"{name} gave nothing ({type(error).__name__}: {error}). It needs a "
+                "network, the right name and, for gated models, their terms accepted "
+                "on the page and a token in HF_TOKEN; some need options=…"
+            ) from error
+        cfg = timm.get_pretrained_cfg(name)
+        hub = cfg.hf_hub_id if cfg is not None and cfg.hf_hub_id else name
+        folder = os.environ.get("HISTO_WEIGHTS")
+        where = f"{folder} has no" if folder else "HISTO_WEIGHTS is not set, so no"
+        raise FileNotFoundError(
+            f"{name}: {where} {name}.safetensors, and the hub gave nothing "
+            f"({type(error).__name__}). Where there is a network, download "
+            f"https://huggingface.co/{hub}/resolve/main/model.safetensors, save it as "
+            f"{name}.safetensors and name its folder in HISTO_WEIGHTS; or pass "
+            "weights=<file>; or seed=0 for random weights"
+        ) from error
+
+
+def _preprocessing(network, ours, size):
+    if ours:
+        return Preprocessing((0.5,) * 3, (0.5,) * 3, size or 224, "bilinear")
+    cfg = network.pretrained_cfg
+    how = cfg.get("interpolation", "bilinear")
+    how = how if how in INTERPOLATIONS else "bilinear"
+    size = size or cfg["input_size"][-1]
+    return Preprocessing(tuple(cfg["mean"]), tuple(cfg["std"]), size, how)
