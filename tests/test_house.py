@@ -26,14 +26,18 @@ FLOORS = [
         "published",  # the audit's facts
         # split off from the design's catalog, mosaic and search, to stay readable
         *("datasets", "batch", "cellularity", "barcodes", "exclusion"),
-        *("layouts", "tcga"),
+        *("layouts", "tcga", "failures"),
     },
-    {"patches", "mosaic", "search", "phantom", "path24", "pannuke"},
-    {"catalog", "loaders", "protocols", "measurements"},
+    {"patches", "mosaic", "search", "phantom", "path24", "pannuke", "remedies"},
+    {"catalog", "loaders", "protocols", "measurements", "trust"},
     {"training", "batches", "encoders", "baselines", "bench", "pitfalls", "atlas"},
-    {"trials", "plots", "collection"},
+    {"trials", "plots", "collection", "evaluation"},
+    {"tuning", "classifiers"},
 ]
-MAY_IMPORT_TORCH = {"networks", "losses", "loaders", "batches", "encoders", "training"}
+MAY_IMPORT_TORCH = {
+    *("networks", "losses", "loaders", "batches", "encoders", "training", "tuning"),
+    "classifiers",
+}
 PACKAGE = ROOT / "histo_utils"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 each_module = pytest.mark.parametrize(
