@@ -3,7 +3,7 @@
 #     snakemake --cores 2 -q host rules progress --keep-going --config profile=tissue
 #
 # `make book` calls it. Chapters load or make what they need, so none waits for
-# another. Later, seeds and ablations are further wildcards of the executed copy's
+# another but chapter 09, which asks the encoders that others trained. Later, seeds and ablations are further wildcards of the executed copy's
 # path ({profile}/{chapter}.seed{seed}.ipynb), given to the notebook with -p.
 
 import sys
@@ -18,6 +18,14 @@ def profile_file(wildcards):
     return sorted(Path("profiles", wildcards.profile).glob(f"{wildcards.chapter}.yaml"))
 
 
+def trained_before(wildcards):
+    """The comparison asks the encoders that the chapters on papers saved."""
+    if not wildcards.chapter.startswith("09_"):
+        return []
+    papers = [name for name in CHAPTERS if "04" <= name[:2] <= "08"]
+    return expand("_build/executed/{profile}/{chapter}.ipynb", profile=wildcards.profile, chapter=papers)
+
+
 rule all:
     input:
         expand("_build/executed/{profile}/{chapter}.ipynb", profile=PROFILE, chapter=CHAPTERS),
@@ -27,6 +35,7 @@ rule chapter:
     input:
         "tools/run_notebook.py",
         profile_file,
+        trained_before,
         notebook="notebooks/{chapter}.ipynb",
         package=sorted(Path("histo_utils").rglob("*.py")),
     output:

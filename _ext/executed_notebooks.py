@@ -9,11 +9,15 @@ a warning, hence an error under ``-W``.
 It also makes ``results/tissue/<chapter>.json`` available to the prose of every page:
 ``{{ "{:.2f}".format(r.ch02.table.dice) }}``, or for a score with its interval
 ``{{ r.ch02.table.dice.ci }}``.
+
+The atlas that chapter 9 wrote to ``_build/atlas/<profile>/atlas.html`` is copied beside
+the pages, where the chapter links to it.
 """
 
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 from sphinx.util import logging
@@ -215,9 +219,17 @@ def on_source_read(app, docname, source):
         source[0] = executed(app, docname, source[0])
 
 
+def copy_atlas(app, exception):
+    """Put the atlas of this profile beside the pages; without one, do nothing."""
+    made = Path(app.srcdir) / "_build/atlas" / app.config.histo_profile / "atlas.html"
+    if exception is None and made.exists():
+        shutil.copyfile(made, Path(app.outdir) / "atlas.html")
+
+
 def setup(app):
     """Register with Sphinx."""
     app.add_config_value("histo_profile", os.environ.get("PROFILE", "demo"), "env")
     app.connect("config-inited", add_results)
     app.connect("source-read", on_source_read)
+    app.connect("build-finished", copy_atlas)
     return {"version": "1", "parallel_read_safe": True}

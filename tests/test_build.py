@@ -107,6 +107,14 @@ def test_page_shows_outputs_status_and_a_local_badge(book):
     assert BADGE not in html
 
 
+def test_the_atlas_of_the_profile_lies_beside_the_pages(book):
+    write(book / "_build/atlas/demo/atlas.html", "<title>demo atlas</title>")
+    write(book / "_build/atlas/tissue/atlas.html", "<title>tissue atlas</title>")
+    status, said = build(book)
+    assert status == 0, said
+    assert page(book, "atlas") == "<title>demo atlas</title>"
+
+
 def test_missing_failed_and_stale_copies_are_errors_until_mended(book):
     made = book / "_build/executed/demo"
     for name, title in [("02_new", "New"), ("03_bad", "Bad"), ("04_old", "Old")]:
