@@ -74,12 +74,19 @@ def results_key(stem):
 
 
 def with_text(found):
-    """Add ``ci``, the words for a score or a difference with its interval."""
+    """Add ``ci``, the words for a score or a difference with its interval.
+
+    A comparison also gets ``versus``: with its p (after Holm's correction where there
+    was one) and the difference that could have been detected.
+    """
     for name, form in (("score", "{:.2f}"), ("difference", "{:+.2f}")):
         # where a difference has ends of its own, low and high are another value's
         if {name, "low", "high"} <= set(found) and f"{name}_low" not in found:
             value, low, high = (form.format(found[k]) for k in (name, "low", "high"))
             found["ci"] = f"{value} [{low}, {high}]"
+    if "ci" in found and "detectable" in found:
+        p = found.get("p_holm", found["p"])
+        found["versus"] = f"{found['ci']}, p {p:.3f}, ±{found['detectable']:.2f}"
     return found
 
 

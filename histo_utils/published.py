@@ -95,7 +95,7 @@ KIMIANET_F1 = {
 
 RECOMPUTED = "recomputed from what was released"
 ELSEWHERE = "re-implemented on other data"
-_PAPER = "not run: make book PROFILE=paper, with the paper's data (chapter {}, planned)"
+_PAPER = "not run: make book PROFILE=paper, with the paper's data (chapter {})"
 # What chapter 3 looks at: key, work, claim, published value, what was found here (a
 # format for its numbers), tag.
 CLAIMS = (

@@ -26,13 +26,13 @@ FLOORS = [
         "published",  # the audit's facts
         # split off from the design's catalog, mosaic and search, to stay readable
         *("datasets", "batch", "cellularity", "barcodes", "exclusion"),
-        *("layouts", "tcga", "failures"),
+        *("layouts", "tcga", "failures", "logistic"),
     },
     {"patches", "mosaic", "search", "phantom", "path24", "pannuke", "remedies"},
     {"catalog", "loaders", "protocols", "measurements", "trust"},
     {"training", "batches", "encoders", "baselines", "bench", "pitfalls", "atlas"},
-    {"trials", "plots", "collection", "evaluation"},
-    {"tuning", "classifiers"},
+    {"trials", "plots", "collection", "evaluation", "copies", "measured"},
+    {"tuning", "classifiers", "side_by_side"},
 ]
 MAY_IMPORT_TORCH = {
     *("networks", "losses", "loaders", "batches", "encoders", "training", "tuning"),
