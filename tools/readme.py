@@ -13,6 +13,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 INTERVAL = "{score:.2f} [{low:.2f}, {high:.2f}]"
+DIFFERENCE = "{difference:+.2f} [{low:+.2f}, {high:+.2f}], detectable {detectable:.2f}"
 
 
 def chapters(root=ROOT):
@@ -72,6 +73,19 @@ def _bench(system, task):
     return read
 
 
+def _at(*path):
+    """Read a score, or a difference, and its patients, by the keys that lead to it."""
+
+    def read(found):
+        for key in path:
+            found = found[key]
+        if "score" in found:
+            return INTERVAL.format(**found), f"{found['n']} patients"
+        return DIFFERENCE.format(**found), f"{found['n']} patients"
+
+    return read
+
+
 def _preparation(found):
     score = found["confounders"]["network"]["preparation"]
     chance = found["confounders"]["by_chance"]["preparation"]
@@ -105,8 +119,63 @@ HEADLINES = (
         _bench("network", "organ"),
     ),
     (
+        "07_metric_learning",
+        "Trained by the multi-similarity loss (Yang 2019), scan without touching",
+        _at("scores", "multi_similarity", "scan_not_touching"),
+    ),
+    (
+        "07_metric_learning",
+        "… minus the colour histogram",
+        _at("differences", "multi_similarity − histogram", "scan_not_touching"),
+    ),
+    (
+        "08_feature_fusion_neck",
+        "Feature-fusion neck (LGFFEM), scan without touching",
+        _at("scores", "neck", "scan_apart"),
+    ),
+    (
+        "08_feature_fusion_neck",
+        "… the same heads without the neck, minus with it",
+        _at("ablation", "no neck", "scan_apart"),
+    ),
+    (
+        "05_gpu_fine_tuning",
+        "Trained on the most cellular patches (KimiaNet), organ",
+        _at("scores", "i_most_cellular", "P@1"),
+    ),
+    (
+        "05_gpu_fine_tuning",
+        "… minus as many random patches",
+        _at("cellular_against_random"),
+    ),
+    (
+        "06_two_step_fine_tuning",
+        "Fine-tuned in two steps (FTX-2048), organ",
+        _at("scores", "organ, nearest neighbour, FTX"),
+    ),
+    (
+        "06_two_step_fine_tuning",
+        "… minus the ImageNet features",
+        _at("differences", "organ, nearest neighbour: FTX − IMGNET"),
+    ),
+    (
+        "04_pretrained_features",
+        "Fine-tuned and asked in grey (Kieffer 2017), scan",
+        _at("trained", "tuned, grey", "share right"),
+    ),
+    (
+        "04_pretrained_features",
+        "… minus its head alone, the network frozen",
+        _at("against", "tuned, grey", "its head"),
+    ),
+    (
+        "10_slide_search",
+        "Slides by barcodes, organ by the majority of three slides",
+        _at("horizontal", "mobilenetv2", "barcodes", "majority"),
+    ),
+    (
         "03_measuring_retrieval",
-        "Its nearest other patient has the same preparation (paraffin or frozen)",
+        "The frozen network's nearest other patient has the same preparation",
         _preparation,
     ),
     (
