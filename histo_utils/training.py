@@ -68,7 +68,8 @@ def fit(
     compiled : bool
         Run ``torch.compile`` on the network.
     settings : dict, optional
-        What the run is made with. A folder of other settings is refused.
+        What the run is made with, its ``seed`` if it names one. A folder of other
+        settings is refused.
     fabric : lightning.fabric.Fabric, optional
         Default: one device, full precision.
     seed : int
@@ -81,9 +82,10 @@ def fit(
     FloatingPointError
         NaN or infinity in loss or weights; the last good checkpoint stays.
     ValueError
-        The folder holds a run of other settings.
+        The folder holds a run of other settings, or they name another seed.
     """
     fabric = fabric or Fabric(devices=1)
+    _check_seed(settings, seed)
     last, best_file = Path(folder) / "last.pt", Path(folder) / "best.pt"
     network = network.to(memory_format=torch.channels_last)
     modes = [(part, part.training) for part in network.modules()]
@@ -151,6 +153,16 @@ def fit(
     network = network.to("cpu", memory_format=torch.contiguous_format)
     network.load_state_dict(weights)
     return Fitted(network.eval(), pd.DataFrame(history))
+
+
+def _check_seed(settings, seed):
+    """Refuse settings of another seed: five seeds would share one folder, unnoticed."""
+    named = (settings or {}).get("seed", seed)
+    if named != seed:
+        raise ValueError(
+            f"settings name seed {named}, but seed={seed} was given: all seeds would "
+            "share one folder and be one run; name the run's own seed"
+        )
 
 
 def _resume(last, parts, settings, fabric):

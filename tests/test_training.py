@@ -145,6 +145,13 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
         run(tmp_path, epochs=2, settings={"rate": 0.1})
 
 
+def test_settings_of_another_seed_are_refused(tmp_path):
+    """A parameter called seed once overwrote the run's own: five seeds were one run."""
+    run(tmp_path / "a", epochs=1, settings={"seed": 3}, seed=3)
+    with pytest.raises(ValueError, match="settings name seed 0, but seed=3"):
+        run(tmp_path / "b", epochs=1, settings={"seed": 0}, seed=3)
+
+
 def test_parts_stay_in_the_mode_they_were_given_in(tmp_path):
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 4))
     network[0].eval().requires_grad_(False)
