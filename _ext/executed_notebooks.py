@@ -82,9 +82,13 @@ def with_text(found):
     for name, form in (("score", "{:.2f}"), ("difference", "{:+.2f}")):
         # where a difference has ends of its own, low and high are another value's
         if {name, "low", "high"} <= set(found) and f"{name}_low" not in found:
-            value, low, high = (form.format(found[k]) for k in (name, "low", "high"))
+            numbers = [found[k] for k in (name, "low", "high")]
+            if None in numbers:  # too few patients for an interval, or no score
+                found["ci"] = "–" if numbers[0] is None else form.format(numbers[0])
+                continue
+            value, low, high = map(form.format, numbers)
             found["ci"] = f"{value} [{low}, {high}]"
-    if "ci" in found and "detectable" in found:
+    if "ci" in found and None not in (found.get("detectable"), found.get("p")):
         p = found.get("p_holm", found["p"])
         found["versus"] = f"{found['ci']}, p {p:.3f}, ±{found['detectable']:.2f}"
     return found

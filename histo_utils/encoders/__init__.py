@@ -3,16 +3,22 @@
 What a vector means depends on the weights, the input size, the scaling, the pooling
 and the µm per pixel. `Encoder` holds them together.
 
-| file | what for |
-|---|---|
-| `encoder` | `Encoder` and its `Card` |
-| `pretrained` | `frozen`, `projected`, `fused`: from timm |
-| `embedding` | `embed`: a patch table to vectors, with a cache |
-| `recipes` | `NETWORKS`, `build`: networks as plain data |
-| `checkpoints` | weights, read without executing anything |
-| `saved` | `save`, `load` |
-| `stored` | `stored`: a frozen front, run once to train behind it |
-| `published` | `load_published`: the authors' KimiaNet and LGFFEM |
+encoder
+    `Encoder` and its `Card`
+pretrained
+    `frozen`, `projected`, `fused`: from timm
+embedding
+    `embed`: a patch table to vectors, with a cache
+recipes
+    `NETWORKS`, `build`: networks as plain data
+checkpoints
+    weights, read without executing anything
+saved
+    `save`, `load`
+stored
+    `stored`: a frozen front, run once to train behind it
+published
+    `load_published`: the authors' KimiaNet and LGFFEM
 """
 
 from histo_utils.encoders.embedding import PIXEL_COLUMNS, cache_key, embed, identity
