@@ -208,9 +208,7 @@ def test_an_explicit_mpp_is_for_slides_that_hold_none(
     pixels = np.asarray(open_slide(folder / "ours.tif").read(0, 0, 1200, 0.5))
     write_slide("slides/bare.tif", pixels, mpp=None)
     (folder / "text.svs").write_text("not a slide")
-    monkeypatch.setattr(
-        collection, "ProcessPoolExecutor", lambda n, _: ThreadPoolExecutor(n)
-    )
+    monkeypatch.setattr(collection, "pool", ThreadPoolExecutor)
     arguments = [str(folder), str(tmp_path / "out"), "--encoder", SMALL,
                  "--weights", str(weights), "--processes", "1"]  # fmt: skip
     assert main([*arguments, "--mpp", "0.4", "--allow-failures"]) == 0
