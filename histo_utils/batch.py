@@ -18,6 +18,8 @@ from pathlib import Path
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+from histo_utils import atomic
+
 try:
     import resource
 except ImportError:  # Windows has no such module; peak memory is not reported there
@@ -140,11 +142,9 @@ def _one(work, job, out):
 
 def _write(job, out, line):
     line = {"name": job["name"], "resumed": False, **line}
-    path = out / f"{job['name']}.json"
-    part = path.with_name(path.name + ".part")
     whole = {**line, "job": _fingerprint(job)}
-    part.write_text(json.dumps(whole, indent=1, ensure_ascii=False), "utf-8")
-    part.replace(path)
+    with atomic.new_file(out / f"{job['name']}.json") as part:
+        part.write_text(json.dumps(whole, indent=1, ensure_ascii=False), "utf-8")
     return line
 
 

@@ -33,6 +33,7 @@ import numpy as np
 import pandas as pd
 import psutil
 
+from histo_utils import atomic
 from histo_utils.atlas import atlas
 from histo_utils.batch import pool, run_batch
 from histo_utils.catalog import SLIDE_SUFFIXES, slide_table
@@ -480,9 +481,8 @@ def _for_the_atlas(archive):
 
 
 def _write(path, text):
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, "utf-8")
-    part.replace(path)
+    with atomic.new_file(path) as part:
+        part.write_text(text, "utf-8")
 
 
 def _text(path):

@@ -6,13 +6,13 @@ travel as one checked object and are saved as one folder.
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+from histo_utils import atomic
 
 VECTORS, TABLE = "vectors.npy", "patches.parquet"
 _ROWS = 65_536  # rows looked at together, so that a check needs no second copy
@@ -133,35 +133,10 @@ class Embeddings:
         FileExistsError
             The folder exists and holds something else than saved embeddings.
         """
-        folder = Path(folder)
-        if folder.is_dir():
-            others = {p.name for p in folder.iterdir()} - {VECTORS, TABLE}
-        else:
-            others = {folder.name} if folder.exists() else set()
-        if others:
-            raise FileExistsError(
-                f"{folder} is not a folder of embeddings: it holds "
-                f"{sorted(others)[0]!r}; give a folder of its own, which save may "
-                "replace"
-            )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh = folder.with_name(f".{folder.name}.{os.getpid()}.new")
-        stale = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-        for leftover in (fresh, stale):
-            shutil.rmtree(leftover, ignore_errors=True)
-        fresh.mkdir()
-        try:
+        with atomic.new_folder(folder, {VECTORS, TABLE}, "saved embeddings") as fresh:
             np.save(fresh / VECTORS, self.vectors, allow_pickle=False)
             self.table.to_parquet(fresh / TABLE, index=False)
-            if folder.exists():
-                folder.rename(stale)
-            fresh.rename(folder)
-        finally:
-            if stale.exists() and not folder.exists():
-                stale.rename(folder)
-            for leftover in (fresh, stale):
-                shutil.rmtree(leftover, ignore_errors=True)
-        return folder
+        return Path(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> Embeddings:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
+from histo_utils import atomic
+
 NCT_CLASSES = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
 PATH24_CLASSES = tuple(f"s{i}" for i in range(24))
 # Folder names of the training and the test part. The first pair is what
@@ -141,10 +143,8 @@ def save_png(pixels, path):
     path = Path(path)
     if path.exists():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    Image.fromarray(pixels).save(part, format="PNG")
-    part.replace(path)
+    with atomic.new_file(path) as part:
+        Image.fromarray(pixels).save(part, format="PNG")
 
 
 def _scan_number(name):

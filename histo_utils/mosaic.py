@@ -14,6 +14,7 @@ import pandas as pd
 from scipy import ndimage
 from sklearn.cluster import KMeans
 
+from histo_utils import atomic
 from histo_utils.batch import run_batch
 from histo_utils.cellularity import cellularity, nuclei_threshold
 from histo_utils.slides import open_slide, patch_grid, tissue_mask, without_ink
@@ -295,10 +296,8 @@ def _mosaic_job(job, out):
     with open_slide(job["image"], job["mpp"]) as slide:
         patches = slide_mosaic(slide, **job["parameters"])
     columns = {"image": job["image"], "slide": job["name"], "slide_mpp": slide.mpp}
-    path = out / f"{job['name']}.parquet"
-    part = path.with_name(path.name + ".part")
-    patches.assign(**columns, **job["carry"]).to_parquet(part, index=False)
-    part.replace(path)
+    with atomic.new_file(out / f"{job['name']}.parquet") as part:
+        patches.assign(**columns, **job["carry"]).to_parquet(part, index=False)
     line = {
         "mpp": slide.mpp,
         "mpp_source": slide.mpp_source,

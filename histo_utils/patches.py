@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.spatial import cKDTree
 
+from histo_utils import atomic
 from histo_utils.slides import open_slide
 
 REQUIRED = ("image", "x", "y", "size", "mpp", "slide", "patient")
@@ -62,11 +63,8 @@ def check_patches(table):
 
 def save_patches(table, path):
     """Check the table and write it as Parquet; all of the file or nothing."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    check_patches(table).to_parquet(part, index=False)
-    part.replace(path)
+    with atomic.new_file(path) as part:
+        check_patches(table).to_parquet(part, index=False)
 
 
 def load_patches(path):

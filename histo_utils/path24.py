@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from histo_utils import atomic
 from histo_utils.layouts import save_png
 
 BRIGHT = 230  # grey level from which a pixel is ground (ours)
@@ -158,10 +159,8 @@ def _claim(folder, made):
 
 
 def _write_json(values, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(values), "utf-8")
-    part.replace(path)
+    with atomic.new_file(path) as part:
+        part.write_text(json.dumps(values), "utf-8")
 
 
 def _cut_scan(scan, folder, label, side, bright):

@@ -12,6 +12,8 @@ import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
+from histo_utils import atomic
+
 PACKAGES = (
     "numpy", "pandas", "scipy", "scikit-image", "scikit-learn", "pillow", "tifffile",
     "openslide-python", "openslide-bin", "torch", "timm", "faiss-cpu",
@@ -59,11 +61,9 @@ def record(result, path, *, profile, parameters, data, seconds, device=None):
     if "provenance" in result:
         raise ValueError("'provenance' is written by record(); name that entry anew")
     whole = plain({**result, "provenance": provenance})
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    part.replace(path)
+    with atomic.new_file(path) as part:
+        text = json.dumps(whole, indent=1, ensure_ascii=False)
+        part.write_text(text + "\n", "utf-8")
     return whole
 
 

@@ -7,7 +7,6 @@ loss sees the pairs of all processes.
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,8 @@ import torch
 from lightning.fabric import Fabric
 from lightning_utilities.core.apply_func import apply_to_collection
 from tqdm import tqdm
+
+from histo_utils import atomic
 
 
 class Fitted(NamedTuple):
@@ -181,11 +182,9 @@ def _resume(last, parts, settings, fabric):
 
 
 def _save(state, path, fabric):
-    """Write to a temporary name, then rename: a kill leaves the old file or the new."""
     if fabric.is_global_zero:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
+        with atomic.new_file(path) as part:
+            torch.save(state, part)
     fabric.barrier()
 
 

@@ -20,6 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))["project"]
 
 # Who may import whom of the package; files of one floor do not import each other.
 FLOORS = [
+    {"atomic"},  # below all that writes
     {
         *("provenance", "textures", "slides", "embeddings"),
         *("networks", "losses", "metrics", "colours"),

@@ -6,10 +6,8 @@ as plain tensors (``weights_only=True``, or safetensors); what holds more is ref
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
-import shutil
 from pathlib import Path
 
 import torch
@@ -132,53 +130,6 @@ def local_weights(name):
     tagged = [] if "." in name else sorted(Path(folder).glob(f"{name}.*.safetensors"))
     found = [path for path in (exact, *tagged) if path.is_file()]
     return found[0] if found else None
-
-
-@contextlib.contextmanager
-def replacing(folder, names):
-    """Give an empty folder to write into; at the end it takes the place of ``folder``.
-
-    Whoever is killed on the way leaves the old folder or none at that name, never a
-    mixture.
-
-    Parameters
-    ----------
-    folder : path
-    names : set of str
-        Files that belong to such a folder.
-
-    Raises
-    ------
-    FileExistsError
-        The folder exists and holds something else.
-    """
-    folder = Path(folder)
-    others = {folder.name} if folder.exists() else set()
-    if folder.is_dir():
-        others = {path.name for path in folder.iterdir()} - set(names)
-    if others:
-        raise FileExistsError(
-            f"{folder} holds {sorted(others)[0]!r}, which is not of a saved encoder; "
-            "give a folder of its own, which may be replaced"
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh, stale = (
-        folder.with_name(f".{folder.name}.{os.getpid()}.{kind}")
-        for kind in ("new", "old")
-    )
-    for leftover in (fresh, stale):
-        shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir()
-    try:
-        yield fresh
-        if folder.exists():
-            folder.rename(stale)
-        fresh.rename(folder)
-    finally:
-        if stale.exists() and not folder.exists():
-            stale.rename(folder)
-        for leftover in (fresh, stale):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def some(names):
