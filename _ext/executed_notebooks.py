@@ -77,7 +77,8 @@ def with_text(found):
     """Add ``ci``, the words for a score or a difference with its interval.
 
     A comparison also gets ``versus``: with its p (after Holm's correction where there
-    was one) and the difference that could have been detected.
+    was one) and the difference that could have been detected; and ``told``, which says
+    first what that means at a level of 5 %.
     """
     for name, form in (("score", "{:.2f}"), ("difference", "{:+.2f}")):
         # where a difference has ends of its own, low and high are another value's
@@ -90,7 +91,11 @@ def with_text(found):
             found["ci"] = f"{value} [{low}, {high}]"
     if "ci" in found and None not in (found.get("detectable"), found.get("p")):
         p = found.get("p_holm", found["p"])
-        found["versus"] = f"{found['ci']}, p {p:.3f}, ±{found['detectable']:.2f}"
+        text = "p < 0.001" if p < 0.001 else f"p {p:.3f}"
+        found["versus"] = f"{found['ci']}, {text}, ±{found['detectable']:.2f}"
+        side = "higher" if found["difference"] > 0 else "lower"
+        verdict = side if p < 0.05 else "not told apart"
+        found["told"] = f"{verdict}: {found['versus']}"
     return found
 
 

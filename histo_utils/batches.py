@@ -161,6 +161,43 @@ class StoredInputs(Dataset):
         return item, int(self.codes[position])
 
 
+def training_data(
+    table, labels, rows, views=None, transform=None, augment=None, *, prepare=None,
+    classes=None,
+):  # fmt: skip
+    """Make labelled items of some rows: of stored maps if given, else of images.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        A patch table.
+    labels : (n,) array
+        Of the whole table.
+    rows : array of int
+    views : list of (n, …) tensors, or of tuples of them, optional
+        Of the whole table, as for `StoredInputs`.
+    transform, augment, prepare
+        As for `LabelledPatches`; not used with ``views``.
+    classes : array, optional
+        Sorted; labels are numbered by their place in it. Default: those of the rows.
+    """
+    labels = np.asarray(labels)[rows]
+    if views is None:
+        some = table.iloc[rows]
+        data = LabelledPatches(some, labels, transform, augment, prepare=prepare)
+    else:
+        data = StoredInputs([_rows_of(view, rows) for view in views], labels)
+    if classes is not None:
+        data.codes = np.searchsorted(classes, labels)
+    return data
+
+
+def _rows_of(view, rows):
+    if isinstance(view, tuple):
+        return tuple(part[rows] for part in view)
+    return view[rows]
+
+
 def training_batches(
     data, batch_size, per_class=None, *, steps=None, seed=0, workers=0, fabric=None
 ) -> DataLoader:

@@ -59,6 +59,22 @@ def cache_folder():
     return Path(os.environ.get("HISTO_CACHE") or project_folder() / "_build" / "cache")
 
 
+def trained_folder(method, dataset, what="scan"):
+    """Return where a chapter keeps what it trained, and where chapter 9 looks for it.
+
+    Parameters
+    ----------
+    method : str
+        The paper's name in the book: kieffer, kimianet, ftx, yang, neck.
+    dataset : str
+        Name of a data set, or path of a folder.
+    what : {"scan", "organ", "folds"}
+        An encoder that was trained on that task (`encoders.save`), or the vectors of
+        one network for each patient fold (`trials.keep_folds`).
+    """
+    return cache_folder() / "trained" / f"{method}_{what}_{Path(dataset).name}"
+
+
 def data_hash(folder):
     """Hash of what a data set holds: its ``slides.csv``, else names and sizes."""
     folder = Path(folder)

@@ -18,7 +18,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from histo_utils import encoders, loaders, metrics, trials
-from histo_utils.batches import LabelledPatches, StoredInputs, training_batches
+from histo_utils.batches import training_batches, training_data
 from histo_utils.networks import CBRNet
 from histo_utils.networks.tuned import eight_views, halves, new_head, outputs
 from histo_utils.training import fit
@@ -193,15 +193,10 @@ def train(
     -------
     training.Fitted
     """
-    rows, views = inputs.rows["train"], inputs.views[way]
-    some = inputs.table.iloc[rows]
-    if views is None:
-        data = LabelledPatches(
-            some, some["slide"], inputs.transform, augmentation(),
-            prepare=inputs.encoder.preprocessing,
-        )  # fmt: skip
-    else:
-        data = StoredInputs([view[rows] for view in views], some["slide"])
+    data = training_data(
+        inputs.table, inputs.table["slide"], inputs.rows["train"], inputs.views[way],
+        inputs.transform, augmentation(), prepare=inputs.encoder.preprocessing,
+    )  # fmt: skip
     moving = [p for p in network.parameters() if p.requires_grad]
     fed = training_batches(data, batch_size, steps=steps, seed=seed, workers=workers)
     return fit(

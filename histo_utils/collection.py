@@ -35,10 +35,10 @@ import psutil
 
 from histo_utils import atomic
 from histo_utils.atlas import atlas
-from histo_utils.batch import pool, run_batch
 from histo_utils.catalog import SLIDE_SUFFIXES, slide_table
 from histo_utils.embeddings import TABLE, VECTORS, Embeddings, load_embeddings
 from histo_utils.encoders import embed, frozen
+from histo_utils.many_slides import pool, run_batch
 from histo_utils.mosaic import extract_mosaics
 from histo_utils.provenance import file_hash
 from histo_utils.search import Archive

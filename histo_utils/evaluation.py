@@ -25,7 +25,7 @@ TITLES = {
 SCAN_SPLIT = ("scan_split", "scan_split_not_touching")
 
 
-def under_all(embeddings, only=None, **how) -> dict:
+def under_all(embeddings, only=None, folds=None, **how) -> dict:
     """Outcomes under all protocols, with as many neighbours as MAP@R needs.
 
     Parameters
@@ -34,6 +34,9 @@ def under_all(embeddings, only=None, **how) -> dict:
     only : sequence of str, optional
         Names of the outcomes to keep: a system that was trained on these scans may be
         asked `SCAN_SPLIT` alone.
+    folds : list of Embeddings, optional
+        Of networks of the same system that were trained anew for each patient fold
+        (`protocols.patient_folds`); asked ``organ``, whatever ``only`` says.
     **how
         ``standardised`` and ``metric``.
 
@@ -45,15 +48,24 @@ def under_all(embeddings, only=None, **how) -> dict:
     table = embeddings.table
     k = max(5, int(table["slide"].value_counts().max()) - 1)
     made = bench.tasks(embeddings, k, **how)
-    if only is not None:
-        return {task: made[task] for task in only}
-    nearest = protocols.leave_one_patient_out(embeddings, 1, **how)
-    k = max(5, int(nearest["relevant"].max()))
-    made["organ"] = protocols.patient_folds(embeddings, k, **how)
-    made["leave_one_patient_out"] = protocols.leave_one_patient_out(
-        embeddings, k, **how
-    )
+    k = max(5, int(_findable(table).max()))
+    if only is None:
+        made["organ"] = protocols.patient_folds(embeddings, k, **how)
+        made["leave_one_patient_out"] = protocols.leave_one_patient_out(
+            embeddings, k, **how
+        )
+        return made
+    made = {task: made[task] for task in only}
+    if folds:
+        made["organ"] = protocols.patient_folds(folds, k, **how)
     return made
+
+
+def _findable(table):
+    """Count other patients' patches of each patch's label."""
+    label, own = (table.groupby(c)["label"].transform("size")
+                  for c in ("label", ["label", "patient"]))  # fmt: skip
+    return label - own
 
 
 def judged(task: str, outcomes) -> dict:
@@ -69,7 +81,7 @@ def judged(task: str, outcomes) -> dict:
     return row | dict(zip(("eta_p", "eta_w", "eta_total"), etas, strict=True))
 
 
-def differences(runs: dict, reference: str, task: str) -> dict:
+def differences(runs: dict, reference: str, task: str, score="p_at_1") -> dict:
     """Every other system minus the reference on one task; Holm over the systems.
 
     Parameters
@@ -78,9 +90,13 @@ def differences(runs: dict, reference: str, task: str) -> dict:
         ``{system: {task: outcomes}}``; systems without the task are left out.
     reference : str
     task : str
+    score : {"p_at_1", "map_at_r"}
     """
-    names = [n for n in runs if n != reference and task in runs[n]]
-    found = {n: bench.compared(runs[n][task], runs[reference][task]) for n in names}
+    value = {"p_at_1": metrics.accuracy, "map_at_r": metrics.map_at_r}[score]
+    each = {n: value(r[task], per_query=True) for n, r in runs.items() if task in r}
+    patients = runs[reference][task]["patient"]
+    base = each.pop(reference)
+    found = {n: bench.compared(mine, base, patients) for n, mine in each.items()}
     corrected(found.values())
     return found
 

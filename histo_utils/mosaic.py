@@ -15,8 +15,8 @@ from scipy import ndimage
 from sklearn.cluster import KMeans
 
 from histo_utils import atomic
-from histo_utils.batch import run_batch
 from histo_utils.cellularity import cellularity, nuclei_threshold
+from histo_utils.many_slides import run_batch
 from histo_utils.slides import open_slide, patch_grid, tissue_mask, without_ink
 
 COLOUR_MPP = 2.0  # µm per pixel at which Yottixel takes a patch's mean colour (5×)

@@ -114,12 +114,17 @@ def patient_folds(
     Parameters are those of `leave_one_out`; ``fold`` names the column. Ids are rows of
     ``embeddings``. The scale, where asked for, is that of each fold's gallery.
 
+    A system that is trained anew for each fold, on the others, gives a list of
+    Embeddings of one table: one a fold, in the order of the folds' values.
+
     Raises
     ------
     ValueError
-        A patient in two folds, fewer than two folds; and as `train_gallery` does.
+        A patient in two folds, fewer than two folds, another number of Embeddings than
+        folds; and as `train_gallery` does.
     """
-    table = embeddings.table
+    each = embeddings if isinstance(embeddings, list) else None
+    table = (each[0] if each else embeddings).table
     _check_columns(table, [fold, "patient"])
     several = table.groupby("patient")[fold].nunique()
     if (several > 1).any():
@@ -133,14 +138,19 @@ def patient_folds(
             f"column {fold!r} has {table[fold].nunique()} values and "
             f"{int(table[fold].isna().sum())} gaps; expected two folds or more, no gap"
         )
-    parts = []
-    for value in sorted(table[fold].unique()):
+    parts, values = [], sorted(table[fold].unique())
+    each = each or [embeddings] * len(values)
+    if len(each) != len(values):
+        raise ValueError(
+            f"{len(each)} Embeddings for {len(values)} folds; expected one for each "
+            "fold, of all patches"
+        )
+    for value, made in zip(values, each, strict=True):
         inside = (table[fold] == value).to_numpy()
         rows, others = np.flatnonzero(inside), np.flatnonzero(~inside)
         part = train_gallery(
-            embeddings.take(rows), embeddings.take(others), k,
-            standardised=standardised, **archive,
-        )  # fmt: skip
+            made.take(rows), made.take(others), k, standardised=standardised, **archive
+        )
         part["query"] = rows
         part["neighbours"] = list(others[np.stack(part["neighbours"])])
         parts.append(part)

@@ -7,6 +7,8 @@ loss sees the pairs of all processes.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +20,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from tqdm import tqdm
 
 from histo_utils import atomic
+from histo_utils.provenance import plain
 
 
 class Fitted(NamedTuple):
@@ -34,6 +37,19 @@ class Fitted(NamedTuple):
 
     network: torch.nn.Module
     history: pd.DataFrame
+
+
+def run_folder(parent, settings) -> Path:
+    """Folder of the run with these settings: their hash, below ``parent``.
+
+    Parameters
+    ----------
+    parent : path
+    settings : dict
+        Text, numbers, lists and dicts; the order of its entries does not matter.
+    """
+    text = json.dumps(plain(settings), sort_keys=True)
+    return Path(parent) / hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def fit(
@@ -87,6 +103,7 @@ def fit(
     """
     fabric = fabric or Fabric(devices=1)
     _check_seed(settings, seed)
+    settings = plain(settings)  # NumPy numbers would not be read again
     last, best_file = Path(folder) / "last.pt", Path(folder) / "best.pt"
     network = network.to(memory_format=torch.channels_last)
     modes = [(part, part.training) for part in network.modules()]

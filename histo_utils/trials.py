@@ -7,13 +7,14 @@ patients after the seeds were averaged.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from histo_utils import bench, metrics, protocols
-from histo_utils.embeddings import Embeddings
+from histo_utils.embeddings import Embeddings, load_embeddings
 
 TASKS = ("scan", "organ")
 
@@ -202,6 +203,37 @@ def family(runs: dict, reference: str, tasks) -> dict:
     for cell, p in zip(every, metrics.holm([c["p"] for c in every]), strict=True):
         cell["p_holm"] = float(p)
     return found
+
+
+def keep_folds(made: list[Embeddings], folder) -> None:
+    """Keep vectors of networks that were trained anew for each patient fold.
+
+    Parameters
+    ----------
+    made : list of Embeddings
+        One a fold, in the order of `splits`, each of the whole table.
+    folder : path
+    """
+    for number, one in enumerate(made):
+        one.save(Path(folder) / str(number))
+
+
+def kept_folds(folder, table: pd.DataFrame) -> list[Embeddings]:
+    """Load what `keep_folds` kept, if it is of these patches in these folds.
+
+    Returns
+    -------
+    list of Embeddings
+        One a fold; empty where nothing was kept, or for other patches or folds.
+    """
+    columns, n = ["image", "x", "y", "size", "mpp", "patient", "label", "fold"], 0
+    found = []
+    while (place := Path(folder) / str(n)).is_dir():
+        found.append(load_embeddings(place))
+        n += 1
+    wanted = table[columns].reset_index(drop=True)
+    same = [one.table.reindex(columns=columns).equals(wanted) for one in found]
+    return found if all(same) and n == table["fold"].nunique() else []
 
 
 def with_vectors(table: pd.DataFrame, vectors) -> Embeddings:

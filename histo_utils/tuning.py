@@ -6,9 +6,6 @@ images, what judges an epoch, and where a run is kept.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +15,7 @@ import torch
 from histo_utils import batches, bench, encoders, loaders, metrics, protocols, trials
 from histo_utils.networks.projected import Projected
 from histo_utils.networks.stages import cut
-from histo_utils.training import fit
+from histo_utils.training import fit, run_folder
 
 JUDGES = ("p_at_1", "loss")
 OPTIMISERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
@@ -179,13 +176,14 @@ def described(encoder, part, of: Bench, rows):
     part : torch.nn.Module
         What is trained: behind the stored maps, or the encoder's network.
     of : Bench
-    rows : array of int
+    rows : array of int, or mask
 
     Returns
     -------
     Embeddings
         Of the whole table.
     """
+    rows = np.arange(len(of.table))[rows]
     vectors = np.zeros((len(of.table), encoder.dimension), np.float32)
     if of.views is None:
         how = {"progress": False, "workers": of.workers}
@@ -269,12 +267,10 @@ def train(
         raise ValueError(f"unknown judge {judge!r}; valid are {', '.join(JUDGES)}")
     labels = trials.classes(of.table, split.task).to_numpy()
     rows = share_of(labels, split.train, share, seed)
-    if of.views is None:
-        seen = {"augment": of.augment, "prepare": encoder.preprocessing}
-        some = of.table.iloc[rows]
-        data = batches.LabelledPatches(some, labels[rows], of.first, **seen)
-    else:
-        data = batches.StoredInputs([view[rows] for view in of.views], labels[rows])
+    data = batches.training_data(
+        of.table, labels, rows, of.views, of.first, of.augment,
+        prepare=encoder.preprocessing,
+    )  # fmt: skip
     fed = batches.training_batches(
         data, batch_size, per_class, steps=steps, seed=seed, workers=of.workers,
         fabric=fabric,
@@ -295,10 +291,9 @@ def train(
 
     stepper = optimiser(how, part.parameters())
     schedule = torch.optim.lr_scheduler.StepLR(stepper, decay_at) if decay_at else None
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     made = fit(
         part, loss, fed, optimizer=stepper, epochs=epochs, seed=seed, fabric=fabric,
-        schedule=schedule, settings=settings, folder=Path(folder) / key[:20],
+        schedule=schedule, settings=settings, folder=run_folder(folder, settings),
         validate={"p_at_1": p_at_1, "loss": minus_loss}[judge], progress=progress,
     )  # fmt: skip
     return made._replace(history=made.history.assign(images=len(fed) * batch_size))

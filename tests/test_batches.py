@@ -10,6 +10,7 @@ from histo_utils.batches import (
     LabelledPatches,
     StoredInputs,
     training_batches,
+    training_data,
 )
 from histo_utils.loaders import Preprocessing, Resized, Turned, grey
 
@@ -130,6 +131,23 @@ def test_without_augmentation_it_is_the_prepared_patch(table):
     row = table.iloc[5]
     assert torch.equal(image, prepare(grey(patches.read_patch(row))))
     assert code == sorted(set(table["label"])).index(row["label"])
+
+
+def test_rows_train_from_stored_maps_or_from_images(table):
+    labels, rows = table["label"].to_numpy(), np.array([7, 2, 5])
+    one = torch.arange(len(table)).float()[:, None]
+    data = training_data(table, labels, rows, [one, (one, one + 100)])
+    assert [data[(i, 0)][0].item() for i in range(3)] == [7, 2, 5]
+    assert [part.item() for part in data[(0, 1)][0]] == [7, 107]
+    prepare = Preprocessing(size=32)
+    data = training_data(table, labels, rows, transform=grey, prepare=prepare)
+    seen = prepare(grey(patches.read_patch(table.iloc[2])))
+    assert torch.equal(data[(1, 0)][0], seen)
+    names = np.unique(labels[rows])
+    assert list(names[data.codes]) == list(labels[rows])
+    every = np.array(["0", *np.unique(labels)])  # numbered over more than these rows
+    data = training_data(table, labels, rows, [one], classes=every)
+    assert list(every[data.codes]) == list(labels[rows])
 
 
 def test_resized():

@@ -297,3 +297,24 @@ def test_a_score_carries_its_words(tmp_path):
     found = read_results(tmp_path)["ch02"]
     assert found["a"]["dice"]["ci"] == "0.84 [0.80, 0.90]"
     assert found["b"]["ci"] == "+0.05 [-0.10, +0.20]"
+
+
+@pytest.mark.parametrize(
+    ("difference", "p", "words"),
+    [
+        (
+            0.05,
+            {"p": 0.01, "p_holm": 0.2},
+            "not told apart: +0.05 [-0.10, +0.20], p 0.200",
+        ),
+        (0.05, {"p": 0.01, "p_holm": 0.04}, "higher: +0.05 [-0.10, +0.20], p 0.040"),
+        (-0.05, {"p": 0.0001}, "lower: -0.05 [-0.10, +0.20], p < 0.001"),
+    ],
+)
+def test_a_comparison_says_what_it_means(tmp_path, difference, p, words):
+    sys.path.insert(0, str(ROOT / "_ext"))
+    from executed_notebooks import read_results
+
+    gap = {"difference": difference, "low": -0.1, "high": 0.2, "detectable": 0.08, **p}
+    (tmp_path / "02_x.json").write_text(json.dumps(gap))
+    assert read_results(tmp_path)["ch02"]["told"] == f"{words}, ±0.08"

@@ -236,3 +236,11 @@ def test_a_data_hash_changes_with_the_data(tmp_path):
     (tmp_path / "slides.csv").write_text("abc")
     digest = hashlib.sha256(b"abc").hexdigest()
     assert catalog.data_hash(tmp_path) == f"sha256:{digest}"
+
+
+def test_what_was_trained_is_found_by_method_and_data(monkeypatch, tmp_path):
+    monkeypatch.setenv("HISTO_CACHE", str(tmp_path))
+    place = catalog.trained_folder("yang", "/somewhere/monuseg")
+    assert place == tmp_path / "trained" / "yang_scan_monuseg"
+    assert place == catalog.trained_folder("yang", "monuseg", "scan")
+    assert place != catalog.trained_folder("yang", "monuseg", "folds")

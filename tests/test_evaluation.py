@@ -26,6 +26,15 @@ def test_a_trained_system_is_asked_the_honest_questions_only(bench_archive):
     assert len(every["organ"]["neighbours"][0]) == 48
 
 
+def test_networks_of_their_own_for_each_fold_may_be_asked_for_labels(bench_archive):
+    n = bench_archive.table["fold"].nunique()
+    folds = [bench_archive] * n
+    every = evaluation.under_all(bench_archive, **HOW)
+    some = evaluation.under_all(bench_archive, evaluation.SCAN_SPLIT, folds, **HOW)
+    assert set(some) == {*evaluation.SCAN_SPLIT, "organ"}
+    pd.testing.assert_frame_equal(some["organ"], every["organ"])
+
+
 def test_scores_are_those_of_the_metrics(bench_archive):
     every = evaluation.under_all(bench_archive, **HOW)
     scan = evaluation.judged("scan_split", every["scan_split"])
@@ -51,6 +60,15 @@ def test_differences_leave_out_who_was_not_asked(bench_archive):
     by_hand = bench.compared(runs["b"]["scan_split"], runs["a"]["scan_split"])
     assert found["b"]["difference"] == by_hand["difference"]
     assert found["b"]["p_holm"] == pytest.approx(min(1, 2 * by_hand["p"]))
+    found = evaluation.differences(runs, "a", "organ", "map_at_r")["b"]
+    means = [
+        pd.Series(metrics.map_at_r(runs[n]["organ"], per_query=True))
+        .groupby(bench_archive.table["patient"])
+        .mean()
+        for n in "ba"
+    ]
+    assert found["difference"] == pytest.approx((means[0] - means[1]).mean())
+    assert found["n"] == bench_archive.table["patient"].nunique()
 
 
 def test_remedied_equals_a_loop(bench_archive):

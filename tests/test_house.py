@@ -26,7 +26,7 @@ FLOORS = [
         *("networks", "losses", "metrics", "colours"),
         "published",  # the audit's facts
         # split off from the design's catalog, mosaic and search, to stay readable
-        *("datasets", "batch", "cellularity", "barcodes", "exclusion"),
+        *("datasets", "many_slides", "cellularity", "barcodes", "exclusion"),
         *("layouts", "tcga", "failures", "logistic"),
     },
     {"patches", "mosaic", "search", "phantom", "path24", "pannuke", "remedies"},

@@ -68,4 +68,4 @@ def test_two_steps_of_the_paper_profile(tmp_path, monkeypatch):
     for path in steps:
         optimizer = torch.load(path, weights_only=True)["optimizer"]
         assert {int(s["step"]) for s in optimizer["state"].values()} == {2}
-    assert (tmp_path / "cache/encoders/ftx_organ_nct_crc_he_100k").is_dir()
+    assert (tmp_path / "cache/trained/ftx_organ_nct_crc_he_100k").is_dir()

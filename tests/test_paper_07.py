@@ -34,4 +34,5 @@ def test_two_steps_of_the_paper_profile(tmp_path, monkeypatch):
         "scan 0": {"train": 11, "choose": 1, "gallery": 12, "test": 4}
     }
     assert set(found["scores"]["multi_similarity"]) == {"scan", "test_among_test"}
-    assert (tmp_path / "cache" / "encoders").is_dir()
+    (saved,) = (tmp_path / "cache" / "trained").glob("yang_scan_*")
+    assert {p.name for p in saved.iterdir()} == {"encoder.json", "weights.safetensors"}

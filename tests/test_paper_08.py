@@ -35,7 +35,6 @@ def test_two_steps_of_the_paper_profile(tmp_path, monkeypatch):
     }  # fmt: skip
     last = sorted((tmp_path / "cache" / CHAPTER).glob("*/last.pt"))
     assert len(last) == 4, "one run a system"
-    saved = json.loads(
-        (tmp_path / "cache/encoders/fusion_neck/encoder.json").read_text()
-    )
+    (kept,) = (tmp_path / "cache/trained").glob("neck_scan_*/encoder.json")
+    saved = json.loads(kept.read_text())
     assert saved["recipe"]["num_layers"] == 3 and saved["dimension"] == 4 * 8

@@ -145,6 +145,24 @@ def test_folds_equal_one_search_a_fold(made):
     )
 
 
+def test_each_fold_may_have_vectors_of_its_own(made):
+    fold = made.table["fold"].to_numpy()
+    values = np.unique(fold)
+    rng = np.random.default_rng(1)
+    each = [
+        Embeddings(rng.normal(size=made.vectors.shape).astype("float32"), made.table)
+        for _ in values
+    ]
+    out = patient_folds(each, 2, metric="euclidean")
+    for value, own in zip(values, each, strict=True):
+        others = np.flatnonzero(fold != value)
+        for row in np.flatnonzero(fold == value):
+            far = np.linalg.norm(own.vectors[others] - own.vectors[row], axis=1)
+            assert out["neighbours"][row].tolist() == others[far.argsort()[:2]].tolist()
+    with pytest.raises(ValueError, match=f"1 Embeddings for {len(values)} folds"):
+        patient_folds(each[:1], 2)
+
+
 def test_a_patient_in_two_folds_is_refused(made):
     table = made.table.copy()
     table.loc[0, "fold"] = 3

@@ -17,7 +17,7 @@ from torch import nn
 
 from histo_utils.batches import StoredInputs, training_batches
 from histo_utils.losses import MultiSimilarityLoss
-from histo_utils.training import fit
+from histo_utils.training import fit, run_folder
 
 
 def script(tmp_path, lines):
@@ -145,6 +145,15 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
         run(tmp_path, epochs=2, settings={"rate": 0.1})
 
 
+def test_settings_may_hold_numpy_numbers(tmp_path):
+    settings = {"rate": np.float64(0.05), "seed": np.int64(0), "turns": (0, 4)}
+    run(tmp_path / "a", epochs=1, settings=settings)
+    # read back and compared: nothing is refused, and the run goes on
+    assert len(run(tmp_path / "a", epochs=2, settings=settings).history) == 2
+    same = {"turns": [0, 4], "seed": 0, "rate": 0.05}
+    assert run_folder(tmp_path, settings) == run_folder(tmp_path, same)
+
+
 def test_settings_of_another_seed_are_refused(tmp_path):
     """A parameter called seed once overwrote the run's own: five seeds were one run."""
     run(tmp_path / "a", epochs=1, settings={"seed": 3}, seed=3)
@@ -198,3 +207,10 @@ def test_mixed_precision_computes_the_loss_in_float32(tmp_path):
     )  # fmt: skip
     assert set(seen) == {torch.float32}
     assert next(fitted.network.parameters()).dtype == torch.float32
+
+
+def test_a_run_is_found_by_its_settings_in_any_order(tmp_path):
+    one = run_folder(tmp_path, {"rate": 0.1, "seed": 0})
+    assert one == run_folder(tmp_path, {"seed": 0, "rate": 0.1})
+    assert one.parent == tmp_path
+    assert one != run_folder(tmp_path, {"seed": 1, "rate": 0.1})

@@ -43,6 +43,24 @@ def test_organ_outcomes_are_those_of_the_patient_folds(bench_archive):
     assert list(found["label"]) == list(bench_archive.table["label"])
 
 
+def test_kept_folds_come_back_for_the_same_patches_only(bench_archive, tmp_path):
+    table, n = bench_archive.table, bench_archive.table["fold"].nunique()
+    rng = np.random.default_rng(0)
+    shape = bench_archive.vectors.shape
+    made = [trials.with_vectors(table, rng.normal(size=shape)) for _ in range(n)]
+    trials.keep_folds(made, tmp_path / "ours")
+    back = trials.kept_folds(tmp_path / "ours", table)
+    assert all((a.vectors == b.vectors).all() for a, b in zip(made, back, strict=True))
+    for other in (
+        table.iloc[1:],
+        table.assign(x=table["x"] + 1),
+        table.assign(fold=(table["fold"] + 1) % n),
+        table.assign(fold=table["fold"].replace(0, 1)),
+    ):
+        assert trials.kept_folds(tmp_path / "ours", other) == []
+    assert trials.kept_folds(tmp_path / "none", table) == []
+
+
 def test_bad_splits(bench_archive):
     table = bench_archive.table
     with pytest.raises(ValueError, match="valid are scan, organ"):
