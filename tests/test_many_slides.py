@@ -93,7 +93,7 @@ def test_a_changed_slide_is_worked_on_again(tmp_path):
 def test_killed_in_the_middle_it_goes_on(tmp_path):
     script = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from test_batch import *\n"
+        "from test_many_slides import *\n"
         "if __name__ == '__main__':\n"
         "    with ThreadPoolExecutor(1) as pool:\n"
         "        run_batch(work, jobs(*['slow'] * 6), Path(sys.argv[2]), pool)\n"
@@ -133,7 +133,7 @@ def watching(seen, job, out):
 def test_workers_end_with_a_killed_parent(tmp_path):
     script = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from test_batch import *\n"
+        "from test_many_slides import *\n"
         "if __name__ == '__main__':\n"
         "    run_batch(work, jobs('pid', 'pid'), Path(sys.argv[2]))\n"
     )
