@@ -12,8 +12,11 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
-from histo_utils import collection
-from histo_utils.collection import find, index_slides, main
+from histo_utils.collection import __main__ as command
+from histo_utils.collection import find, index_slides
+from histo_utils.collection.__main__ import main
+from histo_utils.collection.drawing import for_the_atlas
+from histo_utils.collection.upkeep import process as process_of
 from histo_utils.embeddings import Embeddings, load_embeddings
 from histo_utils.encoders import embed, frozen
 from histo_utils.mosaic import slide_mosaic
@@ -143,12 +146,13 @@ SLOWLY = """
 import sys, time
 from concurrent.futures import ThreadPoolExecutor
 from histo_utils import collection, mosaic
+from histo_utils.collection import vectors
 
 def slow(work):
     return lambda *a, **k: (time.sleep(0.3), work(*a, **k))[1]
 
 mosaic.slide_mosaic = slow(mosaic.slide_mosaic)
-collection.embed = slow(collection.embed)
+vectors.embed = slow(vectors.embed)
 slides, out, encoder, weights = sys.argv[1:]
 with ThreadPoolExecutor(1) as pool:
     collection.index_slides(slides, out, encoder=encoder, weights=weights,
@@ -208,7 +212,7 @@ def test_an_explicit_mpp_is_for_slides_that_hold_none(
     pixels = np.asarray(open_slide(folder / "ours.tif").read(0, 0, 1200, 0.5))
     write_slide("slides/bare.tif", pixels, mpp=None)
     (folder / "text.svs").write_text("not a slide")
-    monkeypatch.setattr(collection, "pool", ThreadPoolExecutor)
+    monkeypatch.setattr(command, "pool", ThreadPoolExecutor)
     arguments = [str(folder), str(tmp_path / "out"), "--encoder", SMALL,
                  "--weights", str(weights), "--processes", "1"]  # fmt: skip
     assert main([*arguments, "--mpp", "0.4", "--allow-failures"]) == 0
@@ -292,7 +296,7 @@ def test_a_folder_is_one_collections(folder, index, weights, tmp_path):
         index(tmp_path)
     note = tmp_path / "out" / "collection.json"
     facts = json.loads(note.read_text())
-    note.write_text(json.dumps(facts | {"running": collection._process(os.getppid())}))
+    note.write_text(json.dumps(facts | {"running": process_of(os.getppid())}))
     with pytest.raises(ValueError, match=f"process {os.getppid()}"):
         index()
     note.write_text(json.dumps(facts | {"running": [os.getppid(), 1.0]}))
@@ -307,7 +311,7 @@ def patches_of(*slides):
 
 
 def test_the_atlas_shows_what_can_be_searched():
-    choose = collection._for_the_atlas
+    choose = for_the_atlas
     shown, exclude, said = choose(patches_of(("s", "p", "a"), ("t", "q", "a")))
     assert (len(shown), exclude, said) == (4, "patient", [])
     shown, exclude, said = choose(patches_of(("s", "p", "a"), ("t", "p", None)))
