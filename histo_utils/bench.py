@@ -188,6 +188,13 @@ def summary(found: dict, by=None) -> dict:
     return row | {"macro": macro(organ)}
 
 
+def corrected(comparisons) -> None:
+    """Add ``p_holm`` to all comparisons of one family (`compared`), in place."""
+    cells = list(comparisons)
+    for cell, p in zip(cells, metrics.holm([c["p"] for c in cells]), strict=True):
+        cell["p_holm"] = float(p)
+
+
 def family(runs: dict, reference: str, others, tasks) -> dict:
     """Compare a system with others on several tasks; Holm over all comparisons.
 
@@ -202,10 +209,7 @@ def family(runs: dict, reference: str, others, tasks) -> dict:
         }
         for other in others
     }
-    every = [comparison for row in found.values() for comparison in row.values()]
-    adjusted = metrics.holm([comparison["p"] for comparison in every])
-    for comparison, p in zip(every, adjusted, strict=True):
-        comparison["p_holm"] = float(p)
+    corrected(cell for row in found.values() for cell in row.values())
     return found
 
 

@@ -97,16 +97,8 @@ def differences(runs: dict, reference: str, task: str, score="p_at_1") -> dict:
     patients = runs[reference][task]["patient"]
     base = each.pop(reference)
     found = {n: bench.compared(mine, base, patients) for n, mine in each.items()}
-    corrected(found.values())
+    bench.corrected(found.values())
     return found
-
-
-def corrected(comparisons) -> list:
-    """Add ``p_holm`` to each of some comparisons (`bench.compared`), in place."""
-    cells = list(comparisons)
-    for cell, p in zip(cells, metrics.holm([c["p"] for c in cells]), strict=True):
-        cell["p_holm"] = float(p)
-    return cells
 
 
 def by_value(outcomes: dict, table: pd.DataFrame, column: str) -> dict:
@@ -222,7 +214,7 @@ def effects(ways: dict, column: str) -> dict:
                 comparisons += compared.values()
                 row |= {f"{name}_minus_none": c for name, c in compared.items()}
             found[system][way] = row
-    corrected(comparisons)
+    bench.corrected(comparisons)
     return found
 
 

@@ -107,9 +107,7 @@ def differences(asked, pairs, seed=0) -> dict:
         for a, b in pairs
         if a in systems and b in systems
     }
-    adjusted = metrics.holm([line["p"] for line in found.values()])
-    for line, p in zip(found.values(), adjusted, strict=True):
-        line["p_holm"] = float(p)
+    bench.corrected(found.values())
     return found
 
 

@@ -199,9 +199,7 @@ def family(runs: dict, reference: str, tasks) -> dict:
         for system, row in runs.items()
         if system != reference
     }
-    every = [cell for row in found.values() for cell in row.values()]
-    for cell, p in zip(every, metrics.holm([c["p"] for c in every]), strict=True):
-        cell["p_holm"] = float(p)
+    bench.corrected(cell for row in found.values() for cell in row.values())
     return found
 
 
