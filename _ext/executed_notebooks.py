@@ -74,29 +74,37 @@ def results_key(stem):
 
 
 def with_text(found):
-    """Add ``ci``, the words for a score or a difference with its interval.
+    """Add ``ci``, the words for a score, η or a difference with its interval.
 
     A comparison also gets ``versus``: with its p (after Holm's correction where there
     was one) and the difference that could have been detected; and ``told``, which says
     first what that means at a level of 5 %.
     """
-    for name, form in (("score", "{:.2f}"), ("difference", "{:+.2f}")):
-        # where a difference has ends of its own, low and high are another value's
-        if {name, "low", "high"} <= set(found) and f"{name}_low" not in found:
-            numbers = [found[k] for k in (name, "low", "high")]
-            if None in numbers:  # too few patients for an interval, or no score
-                found["ci"] = "–" if numbers[0] is None else form.format(numbers[0])
-                continue
-            value, low, high = map(form.format, numbers)
-            found["ci"] = f"{value} [{low}, {high}]"
-    if "ci" in found and None not in (found.get("detectable"), found.get("p")):
+    gap = _interval(found, "difference", "{:+.2f}")
+    words = [_interval(found, name, "{:.2f}") for name in ("score", "eta_p")]
+    if ci := next(filter(None, [*words, gap]), None):
+        found["ci"] = ci
+    if gap and None not in (found.get("detectable"), found.get("p")):
         p = found.get("p_holm", found["p"])
         text = "p < 0.001" if p < 0.001 else f"p {p:.3f}"
-        found["versus"] = f"{found['ci']}, {text}, ±{found['detectable']:.2f}"
+        found["versus"] = f"{gap}, {text}, ±{found['detectable']:.2f}"
         side = "higher" if found["difference"] > 0 else "lower"
         verdict = side if p < 0.05 else "not told apart"
         found["told"] = f"{verdict}: {found['versus']}"
     return found
+
+
+def _interval(found, name, form):
+    """Words for one value and its interval, whose ends may bear its name."""
+    if name not in found:
+        return None
+    own = f"{name}_low" in found
+    ends = (f"{name}_low", f"{name}_high") if own else ("low", "high")
+    numbers = [found.get(key) for key in (name, *ends)]
+    if None in numbers:  # too few patients for an interval, or no score
+        return "–" if numbers[0] is None else form.format(numbers[0])
+    value, low, high = map(form.format, numbers)
+    return f"{value} [{low}, {high}]"
 
 
 def read_results(folder):

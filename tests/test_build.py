@@ -318,3 +318,16 @@ def test_a_comparison_says_what_it_means(tmp_path, difference, p, words):
     gap = {"difference": difference, "low": -0.1, "high": 0.2, "detectable": 0.08, **p}
     (tmp_path / "02_x.json").write_text(json.dumps(gap))
     assert read_results(tmp_path)["ch02"]["told"] == f"{words}, ±0.08"
+
+
+def test_a_row_of_etas_carries_both_its_words(tmp_path):
+    sys.path.insert(0, str(ROOT / "_ext"))
+    from executed_notebooks import read_results
+
+    row = {"eta_p": 0.8, "low": 0.7, "high": 0.9, "difference": 0.1, "p": 0.2}
+    row |= {"difference_low": -0.1, "difference_high": 0.3, "detectable": 0.25}
+    (tmp_path / "04_x.json").write_text(json.dumps({"row": row, "few": {"score": 0.5}}))
+    found = read_results(tmp_path)["ch04"]
+    assert found["row"]["ci"] == "0.80 [0.70, 0.90]"
+    assert found["row"]["versus"] == "+0.10 [-0.10, +0.30], p 0.200, ±0.25"
+    assert found["few"]["ci"] == "0.50"

@@ -129,6 +129,11 @@ HEADLINES = (
         _at("differences", "multi_similarity − histogram", "scan_not_touching"),
     ),
     (
+        "09_retrieval_evaluation",
+        "… organ of another patient by MAP@R, minus the frozen start, one seed",
+        _at("differences_from_start", "map_at_r", "organ", "yang"),
+    ),
+    (
         "08_feature_fusion_neck",
         "Feature-fusion neck (LGFFEM), scan without touching",
         _at("scores", "neck", "scan_apart"),
