@@ -231,7 +231,7 @@ def column(found: dict, entry: str) -> pd.DataFrame:
 
 
 def report(found: dict) -> pd.DataFrame:
-    """Turn ``{row: {column: scored or compared}}`` into a table of text.
+    """Turn ``{row: {column: scored, compared, number or list}}`` into a table of text.
 
     Underscores of column names become spaces, so that a page can break them.
     """
@@ -246,6 +246,8 @@ def report(found: dict) -> pd.DataFrame:
 
 
 def _text(value):
+    if isinstance(value, list):
+        return " ".join(f"{one:.3f}" for one in value)
     if not isinstance(value, dict):
         return f"{value:.3f}" if isinstance(value, float) else value
     if "score" in value:

@@ -68,9 +68,10 @@ def trained_folder(method, dataset, what="scan"):
         The paper's name in the book: kieffer, kimianet, ftx, yang, neck.
     dataset : str
         Name of a data set, or path of a folder.
-    what : {"scan", "organ", "folds"}
-        An encoder that was trained on that task (`encoders.save`), or the vectors of
-        one network for each patient fold (`trials.keep_folds`).
+    what : str
+        "scan" or "organ": an encoder that was trained on that task (`encoders.save`);
+        "scan_vectors" or "organ_vectors": vectors of every seed and split
+        (`trials.keep_vectors`).
     """
     return cache_folder() / "trained" / f"{method}_{what}_{Path(dataset).name}"
 

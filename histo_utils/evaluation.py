@@ -7,10 +7,12 @@ confidence in `trust`, centring in `remedies`.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pandas as pd
 
-from histo_utils import bench, metrics, pitfalls, protocols, remedies, trust
+from histo_utils import bench, metrics, pitfalls, protocols, remedies, trials, trust
 from histo_utils.embeddings import Embeddings
 from histo_utils.patches import read_patch
 
@@ -25,18 +27,12 @@ TITLES = {
 SCAN_SPLIT = ("scan_split", "scan_split_not_touching")
 
 
-def under_all(embeddings, only=None, folds=None, **how) -> dict:
+def under_all(embeddings, **how) -> dict:
     """Outcomes under all protocols, with as many neighbours as MAP@R needs.
 
     Parameters
     ----------
     embeddings : Embeddings
-    only : sequence of str, optional
-        Names of the outcomes to keep: a system that was trained on these scans may be
-        asked `SCAN_SPLIT` alone.
-    folds : list of Embeddings, optional
-        Of networks of the same system that were trained anew for each patient fold
-        (`protocols.patient_folds`); asked ``organ``, whatever ``only`` says.
     **how
         ``standardised`` and ``metric``.
 
@@ -48,37 +44,74 @@ def under_all(embeddings, only=None, folds=None, **how) -> dict:
     table = embeddings.table
     k = max(5, int(table["slide"].value_counts().max()) - 1)
     made = bench.tasks(embeddings, k, **how)
-    k = max(5, int(_findable(table).max()))
-    if only is None:
-        made["organ"] = protocols.patient_folds(embeddings, k, **how)
-        made["leave_one_patient_out"] = protocols.leave_one_patient_out(
-            embeddings, k, **how
-        )
-        return made
-    made = {task: made[task] for task in only}
-    if folds:
-        made["organ"] = protocols.patient_folds(folds, k, **how)
+    k = _findable(table)
+    made["organ"] = protocols.patient_folds(embeddings, k, **how)
+    made["leave_one_patient_out"] = protocols.leave_one_patient_out(
+        embeddings, k, **how
+    )
     return made
 
 
+def under_own(scans, folds, **how) -> dict:
+    """Outcomes of a trained system under the protocols that it may be asked.
+
+    It was trained on the upper halves of these scans, so of the tasks on scans only
+    `SCAN_SPLIT` is left; and for labels anew for each fold of patients.
+
+    Parameters
+    ----------
+    scans : list of Embeddings
+        One a seed.
+    folds : list of lists of Embeddings
+        For each seed one a fold (`protocols.patient_folds`); may be empty.
+    **how
+        ``standardised`` and ``metric``.
+
+    Returns
+    -------
+    dict of lists of outcomes
+        One a seed: `SCAN_SPLIT`, and ``organ`` if there are folds.
+    """
+    table = scans[0].table
+    k = max(5, int(table["slide"].value_counts().max()) - 1)
+    every = [bench.tasks(made, k, **how) for made in scans]
+    found = {task: [made[task] for made in every] for task in SCAN_SPLIT}
+    k = _findable(table)
+    organ = [protocols.patient_folds(made, k, **how) for made in folds]
+    return found | ({"organ": organ} if organ else {})
+
+
 def _findable(table):
-    """Count other patients' patches of each patch's label."""
+    """Most patches of a patch's label that other patients have; 5 at least."""
     label, own = (table.groupby(c)["label"].transform("size")
                   for c in ("label", ["label", "patient"]))  # fmt: skip
-    return label - own
+    return max(5, int((label - own).max()))
 
 
 def judged(task: str, outcomes) -> dict:
-    """P@1, majority@5 and MAP@R with intervals; η for scans, macro for labels."""
-    row, patient = bench.p_at_1(outcomes), outcomes["patient"]
-    votes = metrics.majority_at_k(outcomes, 5, per_query=True)
-    row["majority_at_5"] = bench.scored(votes, patient)
-    row["map_at_r"] = bench.scored(metrics.map_at_r(outcomes, per_query=True), patient)
+    """P@1, majority@5 and MAP@R with intervals; η for scans, macro for labels.
+
+    Of several seeds (a list of outcomes) the means, with intervals over seeds and
+    patients, and P@1 of each (``seeds``).
+    """
+    runs = trials.listed(outcomes)
+    row = _scored(runs, metrics.accuracy)
+    row["majority_at_5"] = _scored(runs, functools.partial(metrics.majority_at_k, k=5))
+    row["map_at_r"] = _scored(runs, metrics.map_at_r)
     if not task.startswith("scan"):
-        return row | {"macro": bench.macro(outcomes)}
-    label = outcomes["label"]
-    etas = metrics.eta_scores(label, outcomes["predicted"], label.nunique())
-    return row | dict(zip(("eta_p", "eta_w", "eta_total"), etas, strict=True))
+        macros = [bench.macro(run) for run in runs]
+        mean = float(np.mean([macro["score"] for macro in macros]))
+        return row | {"macro": macros[0] if len(runs) == 1 else mean}
+    n = runs[0]["label"].nunique()
+    etas = [metrics.eta_scores(run["label"], run["predicted"], n) for run in runs]
+    names = ("eta_p", "eta_w", "eta_total")
+    return row | dict(zip(names, np.mean(etas, axis=0).tolist(), strict=True))
+
+
+def _scored(runs, value):
+    if len(runs) > 1:
+        return trials.over_seeds(runs, value=value)
+    return bench.scored(value(runs[0], per_query=True), runs[0]["patient"])
 
 
 def differences(runs: dict, reference: str, task: str, score="p_at_1") -> dict:
@@ -87,18 +120,40 @@ def differences(runs: dict, reference: str, task: str, score="p_at_1") -> dict:
     Parameters
     ----------
     runs : dict
-        ``{system: {task: outcomes}}``; systems without the task are left out.
+        ``{system: {task: outcomes, or a list of them, one a seed}}``; systems without
+        the task are left out.
     reference : str
     task : str
     score : {"p_at_1", "map_at_r"}
     """
     value = {"p_at_1": metrics.accuracy, "map_at_r": metrics.map_at_r}[score]
-    each = {n: value(r[task], per_query=True) for n, r in runs.items() if task in r}
-    patients = runs[reference][task]["patient"]
-    base = each.pop(reference)
-    found = {n: bench.compared(mine, base, patients) for n, mine in each.items()}
+    base = runs[reference][task]
+    found = {
+        name: trials.against(run[task], base, value=value)
+        for name, run in runs.items()
+        if name != reference and task in run
+    }
     bench.corrected(found.values())
     return found
+
+
+def apart(families: dict, level=0.05) -> str:
+    """List what differs after Holm's correction, as Markdown.
+
+    Parameters
+    ----------
+    families : dict
+        ``{score: {task: differences(…)}}``.
+    level : float
+        Of ``p_holm``.
+    """
+    lines = []
+    for score, tasks in families.items():
+        for task, found in tasks.items():
+            sure = {n: d["difference"] for n, d in found.items() if d["p_holm"] < level}
+            said = ", ".join(f"`{name}` {gap:+.2f}" for name, gap in sure.items())
+            lines.append(f"* {score}, {TITLES[task]}: {said or 'none'}.")
+    return "\n".join(lines)
 
 
 def by_value(outcomes: dict, table: pd.DataFrame, column: str) -> dict:

@@ -13,10 +13,11 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from histo_utils import bench, metrics, protocols
+from histo_utils import atomic, bench, metrics, protocols
 from histo_utils.embeddings import Embeddings, load_embeddings
 
 TASKS = ("scan", "organ")
+MOST_SEEDS = 100
 
 
 class Split(NamedTuple):
@@ -116,13 +117,17 @@ def together(outcomes: list[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(outcomes).sort_values("query", ignore_index=True)
 
 
-def over_seeds(runs: list[pd.DataFrame], n_boot: int = 2000, seed: int = 0) -> dict:
-    """Mean P@1 of seeds, with every seed's and a 95 % interval over seeds and patients.
+def over_seeds(
+    runs: list[pd.DataFrame], n_boot: int = 2000, seed: int = 0, value=metrics.accuracy
+) -> dict:
+    """Mean score of seeds, with every seed's; 95 % interval over seeds and patients.
 
     Parameters
     ----------
     runs : list of outcomes
         One a seed, of the same queries.
+    value : callable
+        Metric of one query, ``value(outcomes, per_query=True)``; default: P@1.
 
     Returns
     -------
@@ -134,7 +139,7 @@ def over_seeds(runs: list[pd.DataFrame], n_boot: int = 2000, seed: int = 0) -> d
     ValueError
         Runs of different queries.
     """
-    hits = _hits(runs)
+    hits = _hits(runs, value)
     codes, patients = pd.factorize(runs[0]["patient"])
     sums = np.stack([np.bincount(codes, row, len(patients)) for row in hits])
     sizes = np.bincount(codes)
@@ -154,24 +159,24 @@ def over_seeds(runs: list[pd.DataFrame], n_boot: int = 2000, seed: int = 0) -> d
     }  # fmt: skip
 
 
-def against(runs, other, seed: int = 0) -> dict:
+def against(runs, other, seed: int = 0, value=metrics.accuracy) -> dict:
     """Paired difference of the seeds' mean to another system's, over patients.
 
     Parameters
     ----------
-    runs : list of outcomes
-        One a seed.
-    other : outcomes, or list of outcomes
-        Of the same queries.
+    runs, other : outcomes, or list of outcomes
+        One a seed, of the same queries.
+    value : callable
+        As `over_seeds`.
 
     Returns
     -------
     dict
         As `bench.compared`.
     """
-    other = [other] if isinstance(other, pd.DataFrame) else other
-    _hits([*runs, *other])  # the same queries?
-    means = [_hits(side).mean(axis=0) for side in (runs, other)]
+    runs, other = listed(runs), listed(other)
+    _hits([*runs, *other], value)  # the same queries?
+    means = [_hits(side, value).mean(axis=0) for side in (runs, other)]
     return bench.compared(*means, groups=runs[0]["patient"], seed=seed)
 
 
@@ -192,7 +197,7 @@ def family(runs: dict, reference: str, tasks) -> dict:
     """
     found = {
         system: {
-            task: against(_listed(row[task]), runs[reference][task])
+            task: against(row[task], runs[reference][task])
             for task in tasks
             if task in row
         }
@@ -203,35 +208,40 @@ def family(runs: dict, reference: str, tasks) -> dict:
     return found
 
 
-def keep_folds(made: list[Embeddings], folder) -> None:
-    """Keep vectors of networks that were trained anew for each patient fold.
+def keep_vectors(made: list[list[Embeddings]], folder) -> None:
+    """Keep the vectors of networks that were trained some times on each split.
 
     Parameters
     ----------
-    made : list of Embeddings
-        One a fold, in the order of `splits`, each of the whole table.
+    made : list of lists of Embeddings
+        For each seed one a split, in the order of `splits`, each of the whole table.
     folder : path
+        Vectors that it held before are replaced, as a whole or not at all.
     """
-    for number, one in enumerate(made):
-        one.save(Path(folder) / str(number))
+    names = {str(seed) for seed in range(MOST_SEEDS)}
+    with atomic.new_folder(folder, names, "kept vectors") as fresh:
+        for seed, parts in enumerate(made):
+            for number, one in enumerate(parts):
+                one.save(fresh / str(seed) / str(number))
 
 
-def kept_folds(folder, table: pd.DataFrame) -> list[Embeddings]:
-    """Load what `keep_folds` kept, if it is of these patches in these folds.
+def kept_vectors(folder, table: pd.DataFrame) -> list[list[Embeddings]]:
+    """Load what `keep_vectors` kept, if it is of these patches in these folds.
 
     Returns
     -------
-    list of Embeddings
-        One a fold; empty where nothing was kept, or for other patches or folds.
+    list of lists of Embeddings
+        For each seed one a split; empty where nothing was kept, or for other patches
+        or folds.
     """
-    columns, n = ["image", "x", "y", "size", "mpp", "patient", "label", "fold"], 0
-    found = []
-    while (place := Path(folder) / str(n)).is_dir():
-        found.append(load_embeddings(place))
-        n += 1
-    wanted = table[columns].reset_index(drop=True)
-    same = [one.table.reindex(columns=columns).equals(wanted) for one in found]
-    return found if all(same) and n == table["fold"].nunique() else []
+    columns = ["image", "x", "y", "size", "mpp", "patient", "label", "fold"]
+    wanted, found = table[columns].reset_index(drop=True), []
+    while (place := Path(folder) / str(len(found))).is_dir():
+        n = sum(1 for _ in place.iterdir())
+        found.append([load_embeddings(place / str(i)) for i in range(n)])
+    every = [one.table for parts in found for one in parts]
+    same = all(t.reindex(columns=columns).equals(wanted) for t in every)
+    return found if same else []
 
 
 def with_vectors(table: pd.DataFrame, vectors) -> Embeddings:
@@ -239,11 +249,12 @@ def with_vectors(table: pd.DataFrame, vectors) -> Embeddings:
     return Embeddings(np.ascontiguousarray(vectors, np.float32), table)
 
 
-def _listed(runs):
+def listed(runs) -> list[pd.DataFrame]:
+    """Outcomes of seeds as a list; of one run, a list of one."""
     return [runs] if isinstance(runs, pd.DataFrame) else runs
 
 
-def _hits(runs):
+def _hits(runs, value):
     first = runs[0]
     for run in runs:
         if (
@@ -254,4 +265,4 @@ def _hits(runs):
                 "runs of different queries; expected one outcome a seed, all of the "
                 "same split"
             )
-    return np.stack([metrics.accuracy(run, per_query=True) for run in runs])
+    return np.stack([value(run, per_query=True) for run in runs])

@@ -78,6 +78,11 @@ def test_report_says_what_was_not_run(bench_archive):
     )
 
 
+def test_report_writes_lists_and_numbers():
+    shown = bench.report({"ours": {"seeds": [0.5, 0.25], "area": 0.12345, "why": "–"}})
+    assert shown.loc["ours"].tolist() == ["0.500 0.250", "0.123", "–"]
+
+
 def test_compared_by_patient_where_queries_differ(bench_archive):
     out = protocols.leave_one_patient_out(bench_archive, 1)
     fewer = out[::4]

@@ -243,4 +243,4 @@ def test_what_was_trained_is_found_by_method_and_data(monkeypatch, tmp_path):
     place = catalog.trained_folder("yang", "/somewhere/monuseg")
     assert place == tmp_path / "trained" / "yang_scan_monuseg"
     assert place == catalog.trained_folder("yang", "monuseg", "scan")
-    assert place != catalog.trained_folder("yang", "monuseg", "folds")
+    assert place != catalog.trained_folder("yang", "monuseg", "organ")

@@ -14,25 +14,51 @@ def hits(outcomes):
     return metrics.accuracy(outcomes, per_query=True)
 
 
+def moved(archive, seed):
+    rng = np.random.default_rng(seed)
+    noise = rng.normal(size=archive.vectors.shape).astype(np.float32)
+    return Embeddings(archive.vectors + noise, archive.table)
+
+
 def test_a_trained_system_is_asked_the_honest_questions_only(bench_archive):
     every = evaluation.under_all(bench_archive, **HOW)
     assert set(evaluation.TITLES) < set(every)
-    some = evaluation.under_all(bench_archive, evaluation.SCAN_SPLIT, **HOW)
-    assert set(some) == set(evaluation.SCAN_SPLIT)
-    for task, out in some.items():
-        assert (hits(out) == hits(every[task])).all()
     # as many neighbours as MAP@R needs: 15 others of a scan, 48 of a label
     assert len(every["scan_leave_one_out"]["neighbours"][0]) == 15
     assert len(every["organ"]["neighbours"][0]) == 48
+    scans = [bench_archive, moved(bench_archive, 1)]
+    some = evaluation.under_own(scans, [], **HOW)
+    assert set(some) == set(evaluation.SCAN_SPLIT)
+    for task, runs in some.items():
+        assert len(runs) == 2
+        assert (hits(runs[0]) == hits(every[task])).all()
 
 
 def test_networks_of_their_own_for_each_fold_may_be_asked_for_labels(bench_archive):
-    n = bench_archive.table["fold"].nunique()
-    folds = [bench_archive] * n
-    every = evaluation.under_all(bench_archive, **HOW)
-    some = evaluation.under_all(bench_archive, evaluation.SCAN_SPLIT, folds, **HOW)
-    assert set(some) == {*evaluation.SCAN_SPLIT, "organ"}
-    pd.testing.assert_frame_equal(some["organ"], every["organ"])
+    folds = np.unique(bench_archive.table["fold"])
+    own = [moved(bench_archive, int(f)) for f in folds]
+    some = evaluation.under_own([bench_archive], [own, own], **HOW)
+    assert set(some) == {*evaluation.SCAN_SPLIT, "organ"} and len(some["organ"]) == 2
+    alone = {
+        f: evaluation.under_all(made, **HOW)["organ"]
+        for f, made in zip(folds, own, strict=True)
+    }
+    for row, fold in enumerate(bench_archive.table["fold"]):
+        here, there = some["organ"][1].iloc[row], alone[fold].iloc[row]
+        assert here["neighbours"].tolist() == there["neighbours"].tolist()
+
+
+def test_scores_of_seeds_are_means(bench_archive):
+    made = [moved(bench_archive, s) for s in range(3)]
+    runs = [evaluation.under_all(m, **HOW)["scan_split"] for m in made]
+    row = evaluation.judged("scan_split", runs)
+    each = [evaluation.judged("scan_split", run) for run in runs]
+    for name in ("eta_w", "eta_total"):
+        assert row[name] == pytest.approx(np.mean([x[name] for x in each]))
+    for name in ("majority_at_5", "map_at_r"):
+        mean = np.mean([x[name]["score"] for x in each])
+        assert row[name]["score"] == pytest.approx(mean)
+    assert row["seeds"] == pytest.approx([x["score"] for x in each])
 
 
 def test_scores_are_those_of_the_metrics(bench_archive):
@@ -52,7 +78,7 @@ def test_differences_leave_out_who_was_not_asked(bench_archive):
     runs = {
         "a": evaluation.under_all(bench_archive, **HOW),
         "b": evaluation.under_all(other, **HOW),
-        "trained": evaluation.under_all(other, evaluation.SCAN_SPLIT, **HOW),
+        "trained": evaluation.under_own([other, bench_archive], [], **HOW),
     }
     assert set(evaluation.differences(runs, "a", "organ")) == {"b"}
     found = evaluation.differences(runs, "a", "scan_split")
@@ -69,6 +95,16 @@ def test_differences_leave_out_who_was_not_asked(bench_archive):
     ]
     assert found["difference"] == pytest.approx((means[0] - means[1]).mean())
     assert found["n"] == bench_archive.table["patient"].nunique()
+
+
+def test_what_is_apart_is_said():
+    rows = {"a": {"difference": 0.1, "p_holm": 0.04}}
+    rows["b"] = {"difference": -0.2, "p_holm": 0.06}
+    said = evaluation.apart({"P@1": {"organ": rows}, "MAP@R": {"scan_split": {}}})
+    assert said.splitlines() == [
+        "* P@1, label, patient folds: `a` +0.10.",
+        "* MAP@R, scan, upper → lower right: none.",
+    ]
 
 
 def test_remedied_equals_a_loop(bench_archive):

@@ -32,8 +32,8 @@ FLOORS = [
     {"patches", "mosaic", "search", "phantom", "path24", "pannuke", "remedies"},
     {"catalog", "loaders", "protocols", "measurements", "trust"},
     {"training", "batches", "encoders", "baselines", "bench", "pitfalls", "atlas"},
-    {"trials", "plots", "collection", "evaluation", "copies", "measured"},
-    {"tuning", "classifiers", "side_by_side"},
+    {"trials", "plots", "collection", "copies", "measured"},
+    {"tuning", "classifiers", "side_by_side", "evaluation"},
 ]
 MAY_IMPORT_TORCH = {
     *("networks", "losses", "loaders", "batches", "encoders", "training", "tuning"),

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from histo_utils import bench, protocols, trials
+from histo_utils import bench, metrics, protocols, trials
 
 
 def test_the_scan_split_is_that_of_the_bench(bench_archive):
@@ -43,22 +43,54 @@ def test_organ_outcomes_are_those_of_the_patient_folds(bench_archive):
     assert list(found["label"]) == list(bench_archive.table["label"])
 
 
-def test_kept_folds_come_back_for_the_same_patches_only(bench_archive, tmp_path):
+def test_kept_vectors_come_back_for_the_same_patches_only(bench_archive, tmp_path):
     table, n = bench_archive.table, bench_archive.table["fold"].nunique()
     rng = np.random.default_rng(0)
     shape = bench_archive.vectors.shape
-    made = [trials.with_vectors(table, rng.normal(size=shape)) for _ in range(n)]
-    trials.keep_folds(made, tmp_path / "ours")
-    back = trials.kept_folds(tmp_path / "ours", table)
-    assert all((a.vectors == b.vectors).all() for a, b in zip(made, back, strict=True))
+
+    def drawn(seeds, splits):
+        return [
+            [trials.with_vectors(table, rng.normal(size=shape)) for _ in range(splits)]
+            for _ in range(seeds)
+        ]
+
+    place = tmp_path / "ours"
+    trials.keep_vectors(drawn(3, n), place)
+    made = drawn(2, n)
+    trials.keep_vectors(made, place)  # the third seed of before is gone
+    back = trials.kept_vectors(place, table)
+    assert [len(parts) for parts in back] == [n, n]
+    for ours, theirs in zip(made, back, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a.vectors == b.vectors).all()
     for other in (
         table.iloc[1:],
         table.assign(x=table["x"] + 1),
         table.assign(fold=(table["fold"] + 1) % n),
-        table.assign(fold=table["fold"].replace(0, 1)),
     ):
-        assert trials.kept_folds(tmp_path / "ours", other) == []
-    assert trials.kept_folds(tmp_path / "none", table) == []
+        assert trials.kept_vectors(place, other) == []
+    assert trials.kept_vectors(tmp_path / "none", table) == []
+
+
+def test_any_score_of_seeds_is_put_together(bench_archive):
+    (split,) = trials.splits(bench_archive.table, "scan")
+    rng = np.random.default_rng(1)
+    runs = []
+    for _ in range(3):
+        moved = bench_archive.vectors + rng.normal(size=bench_archive.vectors.shape)
+        made = bench.as_scans(trials.with_vectors(bench_archive.table, moved))
+        queries, gallery = made.take(split.test), made.take(split.gallery)
+        how = {"allow_shared_patients": True, "metric": "cosine"}
+        runs.append(protocols.train_gallery(queries, gallery, 8, **how))
+    found = trials.over_seeds(runs, value=metrics.map_at_r)
+    each = [metrics.map_at_r(run) for run in runs]
+    assert found["seeds"] == pytest.approx(each)
+    assert found["score"] == pytest.approx(np.mean(each))
+    gap = trials.against(runs[:2], runs[2], value=metrics.map_at_r)
+    rows = [metrics.map_at_r(run, per_query=True) for run in runs]
+    gaps = pd.Series((rows[0] + rows[1]) / 2 - rows[2])
+    by_patient = gaps.groupby(runs[0]["patient"].to_numpy()).mean()
+    assert gap["difference"] == pytest.approx(by_patient.mean())
 
 
 def test_bad_splits(bench_archive):
