@@ -96,11 +96,11 @@ def with_text(found):
 
 def _interval(found, name, form):
     """Words for one value and its interval, whose ends may bear its name."""
-    if name not in found:
-        return None
     own = f"{name}_low" in found
     ends = (f"{name}_low", f"{name}_high") if own else ("low", "high")
-    numbers = [found.get(key) for key in (name, *ends)]
+    if not {name, *ends} <= found.keys():
+        return None
+    numbers = [found[key] for key in (name, *ends)]
     if None in numbers:  # too few patients for an interval, or no score
         return "–" if numbers[0] is None else form.format(numbers[0])
     value, low, high = map(form.format, numbers)

@@ -326,8 +326,19 @@ def test_a_row_of_etas_carries_both_its_words(tmp_path):
 
     row = {"eta_p": 0.8, "low": 0.7, "high": 0.9, "difference": 0.1, "p": 0.2}
     row |= {"difference_low": -0.1, "difference_high": 0.3, "detectable": 0.25}
-    (tmp_path / "04_x.json").write_text(json.dumps({"row": row, "few": {"score": 0.5}}))
+    few = {"score": 0.5, "low": None, "high": None}
+    whole = {"row": row, "few": few, "by_share": {"score": few}, "bare": {"score": 0.5}}
+    (tmp_path / "04_x.json").write_text(json.dumps(whole))
     found = read_results(tmp_path)["ch04"]
     assert found["row"]["ci"] == "0.80 [0.70, 0.90]"
     assert found["row"]["versus"] == "+0.10 [-0.10, +0.30], p 0.200, ±0.25"
     assert found["few"]["ci"] == "0.50"
+    assert "ci" not in found["by_share"] and "ci" not in found["bare"]
+
+
+def test_all_committed_results_can_be_read():
+    sys.path.insert(0, str(ROOT / "_ext"))
+    from executed_notebooks import read_results
+
+    found = read_results(ROOT / "results" / "tissue")
+    assert found["ch07"]["scores"]["start"]["scan"]["ci"].startswith("0.")
