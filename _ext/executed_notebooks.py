@@ -86,7 +86,7 @@ def with_text(found):
         found["ci"] = ci
     if gap and None not in (found.get("detectable"), found.get("p")):
         p = found.get("p_holm", found["p"])
-        text = "p < 0.001" if p < 0.001 else f"p {p:.3f}"
+        text = "p\N{NO-BREAK SPACE}" + ("< 0.001" if p < 0.001 else f"{p:.3f}")
         found["versus"] = f"{gap}, {text}, ±{found['detectable']:.2f}"
         side = "higher" if found["difference"] > 0 else "lower"
         verdict = side if p < 0.05 else "not told apart"
@@ -103,8 +103,8 @@ def _interval(found, name, form):
     numbers = [found[key] for key in (name, *ends)]
     if None in numbers:  # too few patients for an interval, or no score
         return "–" if numbers[0] is None else form.format(numbers[0])
-    value, low, high = map(form.format, numbers)
-    return f"{value} [{low}, {high}]"
+    value, low, high = (form.format(n).replace("-", "\N{MINUS SIGN}") for n in numbers)
+    return f"{value} [{low},\N{NO-BREAK SPACE}{high}]"
 
 
 def read_results(folder):

@@ -295,8 +295,13 @@ def test_a_score_carries_its_words(tmp_path):
     gap = {"difference": 0.0512, "low": -0.1, "high": 0.2}
     (tmp_path / "02_x.json").write_text(json.dumps({"a": {"dice": score}, "b": gap}))
     found = read_results(tmp_path)["ch02"]
-    assert found["a"]["dice"]["ci"] == "0.84 [0.80, 0.90]"
-    assert found["b"]["ci"] == "+0.05 [-0.10, +0.20]"
+    assert found["a"]["dice"]["ci"] == "0.84 [0.80,\u00a00.90]"
+    assert found["b"]["ci"] == "+0.05 [\u22120.10,\u00a0+0.20]"
+
+
+def typed(text):
+    """Words as one types them: spaces that break, and hyphens for minus."""
+    return text.replace("\u00a0", " ").replace("\u2212", "-")
 
 
 @pytest.mark.parametrize(
@@ -317,7 +322,7 @@ def test_a_comparison_says_what_it_means(tmp_path, difference, p, words):
 
     gap = {"difference": difference, "low": -0.1, "high": 0.2, "detectable": 0.08, **p}
     (tmp_path / "02_x.json").write_text(json.dumps(gap))
-    assert read_results(tmp_path)["ch02"]["told"] == f"{words}, ±0.08"
+    assert typed(read_results(tmp_path)["ch02"]["told"]) == f"{words}, ±0.08"
 
 
 def test_a_row_of_etas_carries_both_its_words(tmp_path):
@@ -330,8 +335,8 @@ def test_a_row_of_etas_carries_both_its_words(tmp_path):
     whole = {"row": row, "few": few, "by_share": {"score": few}, "bare": {"score": 0.5}}
     (tmp_path / "04_x.json").write_text(json.dumps(whole))
     found = read_results(tmp_path)["ch04"]
-    assert found["row"]["ci"] == "0.80 [0.70, 0.90]"
-    assert found["row"]["versus"] == "+0.10 [-0.10, +0.30], p 0.200, ±0.25"
+    assert typed(found["row"]["ci"]) == "0.80 [0.70, 0.90]"
+    assert typed(found["row"]["versus"]) == "+0.10 [-0.10, +0.30], p 0.200, ±0.25"
     assert found["few"]["ci"] == "0.50"
     assert "ci" not in found["by_share"] and "ci" not in found["bare"]
 

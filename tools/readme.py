@@ -130,7 +130,7 @@ HEADLINES = (
     ),
     (
         "09_retrieval_evaluation",
-        "… organ of another patient by MAP@R, minus the frozen start, one seed",
+        "… organ of another patient by MAP@R, minus the frozen start",
         _at("differences_from_start", "map_at_r", "organ", "yang"),
     ),
     (
