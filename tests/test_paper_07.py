@@ -7,6 +7,8 @@ import papermill
 import yaml
 from miniatures import path24_rgb
 
+from histo_utils.embeddings import load_embeddings
+
 ROOT = Path(__file__).parents[1]
 NAME = "07_metric_learning"
 
@@ -34,5 +36,8 @@ def test_two_steps_of_the_paper_profile(tmp_path, monkeypatch):
         "scan 0": {"train": 11, "choose": 1, "gallery": 12, "test": 4}
     }
     assert set(found["scores"]["multi_similarity"]) == {"scan", "test_among_test"}
-    (saved,) = (tmp_path / "cache" / "trained").glob("yang_scan_*")
+    kept = tmp_path / "cache" / "trained"
+    saved, vectors = (kept / f"yang_{w}_{place.name}" for w in ("scan", "scan_vectors"))
     assert {p.name for p in saved.iterdir()} == {"encoder.json", "weights.safetensors"}
+    made = load_embeddings(vectors / "0" / "0")  # the one seed, the one split
+    assert made.vectors.shape == (16, 512)
