@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from histo_utils import metrics
+from histo_utils import metrics, statistics
 from histo_utils.embeddings import Embeddings
 from histo_utils.protocols import train_gallery
 from histo_utils.search import Archive
@@ -46,16 +46,16 @@ def everything(outcomes, other):
     etas = metrics.eta_scores(outcomes["label"], outcomes["predicted"], CLASSES)
     right = outcomes["label"].to_numpy() == outcomes["predicted"].to_numpy()
     pairs = np.stack([pd.factorize(outcomes["label"], sort=True)[0], right], 1)
-    eta_w = metrics.bootstrap_ci(
+    eta_w = statistics.bootstrap_ci(
         pairs, outcomes["patient"], statistic=lambda rows: np.mean(
             np.bincount(rows[:, 0], rows[:, 1])[rows[:, 0]]
             / np.bincount(rows[:, 0])[rows[:, 0]]
         ),
     )  # fmt: skip
     a, b = (metrics.precision_at_k(o, K, per_query=True) for o in (outcomes, other))
-    compared = metrics.paired_sign_flip(a, b, outcomes["patient"])
-    metrics.holm([compared.p] * 5)
-    metrics.detectable_difference(a - b, outcomes["patient"])
+    compared = statistics.paired_sign_flip(a, b, outcomes["patient"])
+    statistics.holm([compared.p] * 5)
+    statistics.detectable_difference(a - b, outcomes["patient"])
     return table, etas, eta_w
 
 

@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pandas as pd
 
-from histo_utils.barcodes import bag_distances, minmax_barcode
+from histo_utils.search import bag_distances, minmax_barcode
 from histo_utils.protocols import slide_search
 
 SLIDES, PATCHES, D = 120, 30, 1024

@@ -21,7 +21,7 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from histo_utils import atomic
+from histo_utils import provenance
 from histo_utils.colours import colour_of
 from histo_utils.embeddings import Embeddings
 from histo_utils.patches import ASSIGNMENTS, REQUIRED, check_patches, read_patch
@@ -112,7 +112,7 @@ def atlas(
             rows = rows[: len(rows) // 2]  # an even sample stays one when cut
             continue
         break
-    with atomic.new_file(path) as part:
+    with provenance.new_file(path) as part:
         part.write_bytes(page)
     return path
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from histo_utils import metrics, protocols
+from histo_utils import metrics, protocols, statistics
 from histo_utils.embeddings import Embeddings
 
 UNITS = ("self", "touching", "slide", "patient")
@@ -108,7 +108,7 @@ def scored(values, groups, n_boot: int = 2000, seed: int = 0) -> dict:
     0.75
     """
     values = np.asarray(values, float)
-    low, high = metrics.bootstrap_ci(values, groups, n_boot, seed=seed)
+    low, high = statistics.bootstrap_ci(values, groups, n_boot, seed=seed)
     n = pd.Series(np.asarray(groups)).nunique()
     score = float(values.mean())
     return {"score": score, "low": low, "high": high, "n": n, "queries": len(values)}
@@ -131,7 +131,7 @@ def macro(outcomes: pd.DataFrame, n_boot: int = 2000, seed: int = 0) -> dict:
         sums = np.bincount(classes, drawn[:, 0])
         return float((sums[sizes > 0] / sizes[sizes > 0]).mean())
 
-    low, high = metrics.bootstrap_ci(
+    low, high = statistics.bootstrap_ci(
         rows, outcomes["patient"], n_boot, seed=seed, statistic=mean_of_classes
     )
     sizes = {"n": outcomes["patient"].nunique(), "queries": len(rows)}
@@ -148,7 +148,7 @@ def compared(a, b, groups=None, seed: int = 0) -> dict:
         over the patients that both have.
     groups : (n,) array
         Patient of each value; the outcomes' own where those are given. Every patient
-        counts once (`metrics.paired_sign_flip`).
+        counts once (`statistics.paired_sign_flip`).
     """
     if isinstance(a, pd.DataFrame):
         means = [
@@ -160,8 +160,7 @@ def compared(a, b, groups=None, seed: int = 0) -> dict:
         both = pd.concat(means, axis=1).dropna().to_numpy()
         a, b = both.T
     a, b = np.asarray(a, float), np.asarray(b, float)
-    found = metrics.paired_sign_flip(a, b, groups, seed=seed)._asdict()
-    return {**found, "detectable": metrics.detectable_difference(a - b, groups)}
+    return statistics.compare(a, b, groups, seed=seed)
 
 
 def scores(found: dict) -> dict:
@@ -191,7 +190,7 @@ def summary(found: dict, by=None) -> dict:
 def corrected(comparisons) -> None:
     """Add ``p_holm`` to all comparisons of one family (`compared`), in place."""
     cells = list(comparisons)
-    for cell, p in zip(cells, metrics.holm([c["p"] for c in cells]), strict=True):
+    for cell, p in zip(cells, statistics.holm([c["p"] for c in cells]), strict=True):
         cell["p_holm"] = float(p)
 
 
@@ -214,7 +213,7 @@ def family(runs: dict, reference: str, others, tasks) -> dict:
 
 
 def sides(found: pd.DataFrame) -> dict:
-    """Scores, difference and chance of `pitfalls.within_and_across`."""
+    """Scores, difference and chance of `confounders.within_and_across`."""
     patient = found["patient"]
     row = {side: scored(found[side], patient) for side in ("within", "across")}
     row["difference"] = compared(found["within"], found["across"], patient)

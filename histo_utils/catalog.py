@@ -12,18 +12,22 @@ import requests
 from tqdm import tqdm
 
 from histo_utils.datasets import DATASETS, dataset
-from histo_utils.layouts import class_folders, read_class_folders, read_parts
-from histo_utils.pannuke import read_pannuke
 from histo_utils.patches import check_patches
 from histo_utils.phantom import write_phantom_archive
 from histo_utils.provenance import file_hash, project_folder
+from histo_utils.readers.class_folders import (
+    class_folders,
+    read_class_folders,
+    read_parts,
+)
+from histo_utils.readers.pannuke import read_pannuke
+from histo_utils.readers.tcga import BARCODE
 from histo_utils.slides import (
     MissingScaleError,
     SlideError,
     open_slide,
     patch_grid,
 )
-from histo_utils.tcga import BARCODE
 
 with warnings.catch_warnings():
     # pooch imports tqdm's widget version, which complains where ipywidgets is missing.
@@ -35,7 +39,8 @@ SLIDE_SUFFIXES = {
 }  # fmt: skip
 # Data sets whose folders hold their split or folds: how to get there after `fetch`.
 LAID_OUT = {
-    "kimia_path24": "cut its file with histo_utils.path24.convert_path24(file, folder)",
+    "kimia_path24": "cut its file with "
+    "histo_utils.readers.path24.convert_path24(file, folder)",
     "kimia_path24c": "unpack its training archives into the folder train and its test "
     "archive into test, each with folders s0 to s23",
     "nct_crc_he_100k": "unpack NCT-CRC-HE-100K.zip and CRC-VAL-HE-7K.zip there",
@@ -43,7 +48,7 @@ LAID_OUT = {
     "there",
     "crc_val_he_7k": "unpack CRC-VAL-HE-7K.zip there",
     "pannuke": "turn its arrays into images with "
-    "histo_utils.pannuke.convert_pannuke(folder)",
+    "histo_utils.readers.pannuke.convert_pannuke(folder)",
 }
 CHUNK = 1 << 16  # bytes; at most so many are lost when a download breaks off
 TIMEOUT = 60  # seconds without an answer
@@ -302,7 +307,7 @@ def patch_table(name, size=None, mpp=None, folder=None):
         A name in `DATASETS` that has a table here (``phantom``, ``monuseg``,
         ``lc25000_lung``, ``slides``, those of `LAID_OUT`), or a folder: of slides (see
         `slide_table`), with one folder of images a class, or with such folders in one
-        folder for training and one for testing (see `layouts.read_parts`).
+        folder for training and one for testing (see `class_folders.read_parts`).
     size, mpp : optional
         Patch side in pixels and µm per pixel; 250 px at 0.25 for MoNuSeg, 256 px at
         0.5 for slides, the whole image for image folders.

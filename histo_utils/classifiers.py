@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torchvision.transforms import v2
 
-from histo_utils import encoders, loaders, metrics, trials
+from histo_utils import encoders, loaders, metrics, statistics, trials
 from histo_utils.batches import training_batches, training_data
 from histo_utils.networks import CBRNet
 from histo_utils.networks.tuned import eight_views, halves, new_head, outputs
@@ -251,10 +251,10 @@ def etas(outcomes, n_boot=2000, seed=0) -> dict:
     label, draws = outcomes["label"], {"n_boot": n_boot, "seed": seed}
     three = metrics.eta_scores(label, outcomes["predicted"], label.nunique())
     found = dict(zip(("eta_p", "eta_w", "eta_total"), three, strict=True))
-    found["low"], found["high"] = metrics.bootstrap_ci(hit, patient, **draws)
+    found["low"], found["high"] = statistics.bootstrap_ci(hit, patient, **draws)
     weight = 1 / label.groupby(label).transform("size").to_numpy()
     rows = np.stack([hit, hit * weight, weight], axis=1)
-    ends = metrics.bootstrap_ci(rows, patient, statistic=_total, **draws)
+    ends = statistics.bootstrap_ci(rows, patient, statistic=_total, **draws)
     found["eta_total_low"], found["eta_total_high"] = ends
     return found | {"queries": len(hit), "patients": patient.nunique()}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from histo_utils import atomic
+from histo_utils import provenance
 
 VECTORS, TABLE = "vectors.npy", "patches.parquet"
 _ROWS = 65_536  # rows looked at together, so that a check needs no second copy
@@ -133,7 +133,9 @@ class Embeddings:
         FileExistsError
             The folder exists and holds something else than saved embeddings.
         """
-        with atomic.new_folder(folder, {VECTORS, TABLE}, "saved embeddings") as fresh:
+        with provenance.new_folder(
+            folder, {VECTORS, TABLE}, "saved embeddings"
+        ) as fresh:
             np.save(fresh / VECTORS, self.vectors, allow_pickle=False)
             self.table.to_parquet(fresh / TABLE, index=False)
         return Path(folder)

@@ -12,7 +12,7 @@ import functools
 import numpy as np
 import pandas as pd
 
-from histo_utils import bench, metrics, pitfalls, protocols, remedies, trials, trust
+from histo_utils import bench, confounders, metrics, protocols, selective, trials
 from histo_utils.embeddings import Embeddings
 from histo_utils.patches import read_patch
 
@@ -168,7 +168,7 @@ def by_value(outcomes: dict, table: pd.DataFrame, column: str) -> dict:
     table : pandas.DataFrame
     column : str
     """
-    chance, found = pitfalls.by_chance(table, "label"), {}
+    chance, found = confounders.by_chance(table, "label"), {}
     for value, part in table.groupby(column):
         n = part["patient"].nunique()
         row = {"patients": n, "by chance": float(chance[part.index].mean())}
@@ -203,11 +203,11 @@ def remedied(embeddings, column: str, centre=False, **how) -> pd.DataFrame:
     for fold in np.unique(folds):
         gallery, space = folds != fold, embeddings
         if centre is not False:
-            space = remedies.centred(embeddings, gallery, centre)
+            space = confounders.centred(embeddings, gallery, centre)
         part = protocols.train_gallery(
             space.take(~gallery), space.take(gallery), 1, **how
         )
-        same = values[gallery][pitfalls.nearest(part)] == values[~gallery]
+        same = values[gallery][confounders.nearest(part)] == values[~gallery]
         parts.append(part.assign(query=np.flatnonzero(~gallery), same=same))
     return pd.concat(parts).sort_values("query", ignore_index=True)
 
@@ -221,7 +221,7 @@ def centrings(embeddings, column: str, **how) -> dict:
 
 
 def histogram_of(table: pd.DataFrame, transform, bins: int = 4) -> Embeddings:
-    """`baselines.rgb_histogram` (roots) of transformed patches (`loaders.StainMatch`).
+    """`baselines.rgb_histogram` (roots) of transformed patches (`stains.StainMatch`).
 
     Parameters
     ----------
@@ -279,7 +279,7 @@ def silence(ruled: dict) -> dict:
     Parameters
     ----------
     ruled : dict
-        Risk that was aimed at -> `trust.abstain` with one and the same confidence.
+        Risk that was aimed at -> `selective.abstain` with one and the same confidence.
 
     Returns
     -------
@@ -291,16 +291,18 @@ def silence(ruled: dict) -> dict:
     """
     out = next(iter(ruled.values()))
     sure, patient = [out["confidence"], out["wrong"]], out["patient"]
-    row = {"area": trust.over_patients(trust.area, sure, patient)}
-    row["gain"] = trust.over_patients(
-        lambda c, w: w.mean() - trust.area(c, w), sure, patient
+    row = {"area": selective.over_patients(selective.area, sure, patient)}
+    row["gain"] = selective.over_patients(
+        lambda c, w: w.mean() - selective.area(c, w), sure, patient
     )
     row["error_of_all"] = bench.scored(out["wrong"], patient)
     for aim, made in ruled.items():
         both = made["answered"], made["wrong"]
         at = f"at_{100 * aim:.0f}"
         row[f"coverage_{at}"] = bench.scored(made["answered"], patient)
-        row[f"risk_{at}"] = _if_known(trust.over_patients(trust.risk, both, patient))
+        row[f"risk_{at}"] = _if_known(
+            selective.over_patients(selective.risk, both, patient)
+        )
     return row
 
 
@@ -317,12 +319,12 @@ def unknown(asked: pd.DataFrame, confidence, ruled: dict) -> tuple[dict, dict]:
     Parameters
     ----------
     asked : DataFrame
-        From `trust.without_each_class`.
+        From `selective.without_each_class`.
     confidence : callable
-        As given to `trust.abstain`.
+        As given to `selective.abstain`.
     ruled : dict
-        Risk that was aimed at -> `trust.abstain` of the same embeddings; its thresholds
-        are applied.
+        Risk that was aimed at -> `selective.abstain` of the same embeddings; its
+        thresholds are applied.
 
     Returns
     -------
@@ -335,14 +337,18 @@ def unknown(asked: pd.DataFrame, confidence, ruled: dict) -> tuple[dict, dict]:
     sure, patient = confidence(asked), asked["patient"].to_numpy()
     code, names = pd.factorize(asked["without"])
     gone = ~asked["present"].to_numpy(bool)
-    row = {"AUROC": trust.over_patients(trust.mean_auroc, [sure, ~gone, code], patient)}
+    row = {
+        "AUROC": selective.over_patients(
+            selective.mean_auroc, [sure, ~gone, code], patient
+        )
+    }
     for aim, made in ruled.items():
         answered = sure >= made["threshold"].to_numpy()[asked["query"]]
         for said, rows in (("absent", gone), ("present", ~gone)):
             cell = bench.scored(answered[rows], patient[rows])
             row[f"{said}_answered_at_{100 * aim:.0f}"] = cell
     each = {
-        str(name): trust.auroc(sure[code == i], ~gone[code == i])
+        str(name): selective.auroc(sure[code == i], ~gone[code == i])
         for i, name in enumerate(names)
     }
     return row, each

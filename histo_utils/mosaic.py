@@ -14,10 +14,10 @@ import pandas as pd
 from scipy import ndimage
 from sklearn.cluster import KMeans
 
-from histo_utils import atomic
-from histo_utils.cellularity import cellularity, nuclei_threshold
-from histo_utils.many_slides import run_batch
+from histo_utils import provenance
+from histo_utils.jobs import run_batch
 from histo_utils.slides import open_slide, patch_grid, tissue_mask, without_ink
+from histo_utils.stains import cellularity, nuclei_threshold
 
 COLOUR_MPP = 2.0  # µm per pixel at which Yottixel takes a patch's mean colour (5×)
 FIT_PATCHES = 16  # of a mosaic; stain vectors and threshold are fitted on these
@@ -296,7 +296,7 @@ def _mosaic_job(job, out):
     with open_slide(job["image"], job["mpp"]) as slide:
         patches = slide_mosaic(slide, **job["parameters"])
     columns = {"image": job["image"], "slide": job["name"], "slide_mpp": slide.mpp}
-    with atomic.new_file(out / f"{job['name']}.parquet") as part:
+    with provenance.new_file(out / f"{job['name']}.parquet") as part:
         patches.assign(**columns, **job["carry"]).to_parquet(part, index=False)
     line = {
         "mpp": slide.mpp,

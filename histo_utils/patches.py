@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.spatial import cKDTree
 
-from histo_utils import atomic
+from histo_utils import provenance
 from histo_utils.slides import open_slide
 
 REQUIRED = ("image", "x", "y", "size", "mpp", "slide", "patient")
@@ -63,7 +63,7 @@ def check_patches(table):
 
 def save_patches(table, path):
     """Check the table and write it as Parquet; all of the file or nothing."""
-    with atomic.new_file(path) as part:
+    with provenance.new_file(path) as part:
         check_patches(table).to_parquet(part, index=False)
 
 

@@ -28,9 +28,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from histo_utils.barcodes import bag_distances
 from histo_utils.embeddings import standardise
-from histo_utils.search import Archive, Exclusion, minmax_barcode
+from histo_utils.search import Archive, Exclusion, bag_distances, minmax_barcode
 
 C_VALUES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -287,7 +286,7 @@ def slide_search(
     exclude : {"slide", "patient"}
         Yottixel leaves out the query slide only; a patient's other slides are no
         independent find.
-    metric, reduce : see `barcodes.bag_distances`
+    metric, reduce : see `search.bag_distances`
         By default the median of the minimum distances.
     shortlist : outcomes, optional
         Of an earlier search of the same slides, by barcodes say: each query then

@@ -10,14 +10,15 @@ only if its rounding error cannot have hidden a nearer item, else more are asked
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy.spatial import cKDTree
+from scipy.spatial.distance import cdist
 
-from histo_utils.barcodes import median_of_min, median_of_min_matrix, minmax_barcode
 from histo_utils.embeddings import Embeddings
-from histo_utils.exclusion import Exclusion
 
 __all__ = [
     "Archive",
@@ -271,3 +272,397 @@ def _import_faiss():
             "searching needs faiss: pip install 'histo_utils[networks]'"
         ) from error
     return faiss
+
+
+_FLOAT_METRICS = ("euclidean", "cosine")
+
+_RULES = {"median": np.median, "mean": np.mean}
+
+_PATCHES = 2**15  # of the gallery at once, so that millions of them fit in memory
+
+_ROWS = 512  # of the queries at once, for products of matrices
+
+_FEW = 2**14  # pairs of patches
+
+
+def minmax_barcode(features) -> np.ndarray:
+    """Turn vectors into bits: 1 where the next value is smaller (Yottixel).
+
+    Parameters
+    ----------
+    features : (n, d) array of numbers, d ≥ 2
+
+    Returns
+    -------
+    (n, d - 1) uint8 array of 0 and 1
+
+    Notes
+    -----
+    Kalra et al. 2020 (Yottixel), as in the released code. Other code sets the opposite
+    bit and a leading 0; Hamming distances differ only where neighbours are equal.
+
+    Examples
+    --------
+    >>> minmax_barcode([[3, 1, 2, 2]]).tolist()
+    [[1, 0, 0]]
+    """
+    features = np.asarray(features)
+    if features.ndim != 2 or features.shape[1] < 2:
+        raise ValueError(
+            f"features have shape {features.shape}; expected (n, d) with d of 2 or more"
+        )
+    if np.isnan(features).any():
+        row = int(np.isnan(features).any(axis=1).argmax())
+        raise ValueError(f"row {row} of the features holds NaN; it has no barcode")
+    return (features[:, 1:] < features[:, :-1]).astype(np.uint8)
+
+
+def median_of_min(a, b, metric=None) -> float:
+    """Distance of slide a to slide b: median over a of the minimum over b.
+
+    Parameters
+    ----------
+    a, b : (n, bits) arrays of 0 and 1, or (n, d) arrays of floats
+        The patches of two slides.
+    metric : {"hamming", "euclidean", "cosine"}, optional
+        Default by type: whole numbers are bits and compared by Hamming distance (in
+        bits); floats are features and compared by Euclidean distance.
+
+    Notes
+    -----
+    Yottixel's distance; it is **not** symmetric. An even number of patches gives the
+    mean of the two middle minima.
+
+    Examples
+    --------
+    >>> a, b = np.uint8([[0, 0], [1, 1]]), np.uint8([[0, 0]])
+    >>> median_of_min(a, b), median_of_min(b, a)
+    (1.0, 0.0)
+    """
+    return float(median_of_min_matrix([a, b], metric)[0, 1])
+
+
+def median_of_min_matrix(bags, metric=None) -> np.ndarray:
+    """All distances between slides; entry (i, j) is ``median_of_min(bag i, bag j)``.
+
+    Parameters
+    ----------
+    bags : list of (n_i, bits) or (n_i, d) arrays
+    metric : see `median_of_min`
+
+    Returns
+    -------
+    (slides, slides) float64 array
+    """
+    return bag_distances(bags, metric=metric)
+
+
+def bag_distances(
+    queries, gallery=None, metric=None, reduce="median", listed=None
+) -> np.ndarray:
+    """Distances of query slides to gallery slides by their patches' nearest patches.
+
+    Parameters
+    ----------
+    queries : list of (n_i, bits) or (n_i, d) arrays
+    gallery : list of such arrays, optional
+        Without it the queries search among themselves, and each pair of patches is
+        compared once for both directions.
+    metric : see `median_of_min`
+    reduce : {"median", "mean"}
+        What becomes of a query's minima, one a patch: their median (Yottixel), or
+        their mean, which under cosine is 1 - MaxSim / n of late interaction (Khattab
+        and Zaharia 2020; n patches in the query).
+    listed : (queries, m) array of int, optional
+        Gallery slides to compare each query with; the others are infinitely far.
+
+    Returns
+    -------
+    (queries, gallery) float64 array
+        Not symmetric under either rule.
+
+    Raises
+    ------
+    ValueError
+        Bags of unlike kind or width, an empty bag, NaN, an unknown metric or rule.
+
+    Examples
+    --------
+    >>> a, b = np.uint8([[0, 0], [0, 0], [1, 1]]), np.uint8([[0, 0]])
+    >>> bag_distances([a], [a, b]).tolist()
+    [[0.0, 0.0]]
+    >>> bag_distances([a], [a, b], reduce="mean").round(2).tolist()
+    [[0.0, 0.67]]
+    """
+    if reduce not in _RULES:
+        raise ValueError(f"reduce={reduce!r}; valid are {', '.join(_RULES)}")
+    alone = gallery is None
+    queries = [np.asarray(bag) for bag in queries]
+    gallery = queries if alone else [np.asarray(bag) for bag in gallery]
+    bags = queries if alone else queries + gallery
+    bits = _check_bags(bags)
+    metric = metric or ("hamming" if bits else "euclidean")
+    if (metric == "hamming") != bits or metric not in ("hamming", *_FLOAT_METRICS):
+        raise ValueError(
+            f"metric={metric!r} for {'bits' if bits else 'float features'}; valid here:"
+            f" {'hamming' if bits else ', '.join(_FLOAT_METRICS)}"
+        )
+    if metric == "cosine" and not all(bag.any(axis=1).all() for bag in bags):
+        raise ValueError(
+            "a patch has the zero vector, which has no cosine; leave it out, or use "
+            "metric='euclidean'"
+        )
+    rows, row_starts = _stacked(queries, metric)
+    columns, starts = (rows, row_starts) if alone else _stacked(gallery, metric)
+    kind = np.min_scalar_type(queries[0].shape[1]) if bits else np.float64
+    minima = np.zeros((len(rows), len(gallery)), kind)
+    if listed is None:
+        for i, j in _blocks(row_starts, 0, 1 if bits else _ROWS):
+            top, bottom = row_starts[i], row_starts[j]
+            for first, last in _blocks(starts, i if alone else 0, _PATCHES):
+                left, right = starts[first], starts[last]
+                pairs = _pairs(rows[top:bottom], columns[left:right], metric, kind)
+                found = np.minimum.reduceat(pairs, starts[first:last] - left, axis=1)
+                minima[top:bottom, first:last] = found
+                if alone:
+                    found = np.minimum.reduceat(pairs, row_starts[i:j] - top, axis=0)
+                    minima[left:right, i:j] = found.T
+    else:
+        for near, (top, bottom) in zip(listed, pairwise(row_starts), strict=True):
+            few = [columns[starts[j] : starts[j + 1]] for j in near]
+            pairs = _pairs(rows[top:bottom], np.concatenate(few), metric, kind)
+            places = np.cumsum([0] + [len(part) for part in few[:-1]])
+            minima[top:bottom, near] = np.minimum.reduceat(pairs, places, axis=1)
+    parts = np.split(minima, row_starts[1:-1])
+    matrix = np.stack([_RULES[reduce](part, axis=0) for part in parts]).astype(float)
+    if listed is not None:
+        absent = np.ones(matrix.shape, bool)
+        np.put_along_axis(absent, np.asarray(listed), False, axis=1)
+        matrix[absent] = np.inf
+    return matrix
+
+
+def _check_bags(bags):
+    kinds = {np.issubdtype(bag.dtype, np.floating) for bag in bags}
+    shapes = {bag.shape[1:] for bag in bags}
+    if any(bag.ndim != 2 or 0 in bag.shape for bag in bags) or len(shapes) != 1:
+        raise ValueError(
+            f"slides have shapes {[bag.shape for bag in bags][:4]}; expected (patches, "
+            "d), at least one patch each and one d: leave slides without patches out"
+        )
+    if len(kinds) != 1:
+        raise ValueError(
+            "some slides are bits and some are float features; give one kind"
+        )
+    bits = not kinds.pop()
+    for i, bag in enumerate(bags):
+        if bits and ((bag != 0) & (bag != 1)).any():
+            raise ValueError(
+                f"slide {i} holds whole numbers other than 0 and 1; expected bits "
+                "(minmax_barcode) or floats"
+            )
+        if not bits and not np.isfinite(bag).all():
+            raise ValueError(f"slide {i} holds NaN or infinity; expected finite floats")
+    return bits
+
+
+def _stacked(bags, metric):
+    """Stack bags into one array, ready for their metric; and where each one starts."""
+    together = np.concatenate(bags)
+    starts = np.cumsum([0] + [len(bag) for bag in bags])
+    if metric == "hamming":
+        return _words(together), starts
+    together = together.astype(np.float64)
+    if metric == "cosine":
+        together /= np.linalg.norm(together, axis=1, keepdims=True)
+    return together, starts
+
+
+def _blocks(starts, first, patches):
+    """Cut slides from ``first`` on into runs of about so many patches."""
+    while first < len(starts) - 1:
+        last = int(np.searchsorted(starts, starts[first] + patches, "right")) - 1
+        last = max(last, first + 1)
+        yield first, last
+        first = last
+
+
+def _pairs(a, b, metric, kind):
+    """Distances of all patches of a to all of b, both from `_stacked`."""
+    if metric == "hamming":
+        return _hamming(a, b, kind)
+    if metric == "euclidean":
+        return cdist(a, b)
+    # A small product of matrices waits for its threads where the cores are busy.
+    few = len(a) * len(b) < _FEW
+    cosines = np.einsum("ik,jk->ij", a, b) if few else a @ b.T
+    # Products round by shape: without the last digits equal vectors are equally far,
+    # and ties go by place in the table.
+    return np.round(np.maximum(1 - cosines, 0), 12)
+
+
+def _words(bits):
+    """Pack rows of bits into uint64 words."""
+    packed = np.packbits(bits.astype(bool), axis=1)
+    spare = -packed.shape[1] % 8
+    return np.pad(packed, ((0, 0), (0, spare))).view(np.uint64)
+
+
+def _hamming(a, b, kind):
+    """Hamming distances of packed rows, (len(a), len(b)), in bits."""
+    total = np.zeros((len(a), len(b)), kind)
+    differing = np.empty(total.shape, np.uint64)
+    counts = np.empty(total.shape, np.uint8)
+    a, b = np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)
+    for mine, theirs in zip(a, b, strict=True):
+        np.bitwise_xor(mine[:, None], theirs, out=differing)
+        total += np.bitwise_count(differing, out=counts)
+    return total
+
+
+EXCLUSIONS = ("self", "touching", "slide", "patient")
+
+PATCH = ["image", "x", "y", "size"]  # columns that say which patch a row is
+
+
+class Exclusion:
+    """Which gallery rows each query may not find.
+
+    Parameters
+    ----------
+    gallery, queries : DataFrame
+        Their patch tables; one and the same object where queries search among
+        themselves, so that "self" goes by row.
+    exclude : None, "self", "touching", "slide" or "patient"
+        See `Archive.search`.
+
+    Attributes
+    ----------
+    left : (m,) int array
+        Gallery items that remain for each query.
+    """
+
+    def __init__(self, gallery, queries, exclude):
+        if exclude is not None and exclude not in EXCLUSIONS:
+            raise ValueError(
+                f"unknown exclude={exclude!r}; valid are None, {', '.join(EXCLUSIONS)}"
+            )
+        self.name, self.n = exclude, len(gallery)
+        self._tables = gallery, queries
+        self._pairs = self._codes = None
+        if exclude == "touching":
+            self._pairs = _touching(gallery, queries)
+            hidden = np.bincount(self._pairs[0], minlength=len(queries))
+        elif exclude is not None:
+            if exclude == "self" and queries is gallery:
+                codes = np.arange(len(queries)), np.arange(self.n)
+            else:
+                columns = PATCH if exclude == "self" else [exclude]
+                codes = _codes(queries, gallery, columns, f"exclude={exclude!r}")
+            self._codes = codes
+            hidden = np.bincount(codes[1], minlength=codes[0].max(initial=0) + 1)
+            hidden = hidden[codes[0]]
+        else:
+            hidden = np.zeros(len(queries), np.int64)
+        self.left = self.n - hidden
+        if self._pairs is not None:
+            self._keys = np.sort(self._pairs[0] * self.n + self._pairs[1])
+
+    def check(self, k):
+        """Raise where fewer than k items are left for a query."""
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+            raise ValueError(f"k={k!r}; expected a whole number of 1 or more")
+        if not len(self.left) or k <= self.left.min():
+            return
+        query = int(self.left.argmin())
+        left, whose = int(self.left[query]), ""
+        if self.name in ("slide", "patient"):
+            value = str(self._tables[1][self.name].iloc[query])
+            whose = f" after leaving out its {self.name} {value!r}"
+            if left == 0:
+                raise ValueError(
+                    f"query {query}: its {self.name} {value!r} is the whole gallery, "
+                    f"so nothing is left to find; add other {self.name}s to the "
+                    "gallery or leave out less with exclude="
+                )
+        elif self.name is not None:
+            whose = f" after exclude={self.name!r}"
+        raise ValueError(
+            f"k={k} is larger than the {left} items that are left for query {query}"
+            f"{whose}; lower k"
+        )
+
+    def forbids(self, rows, ids):
+        """Whether query rows may not find gallery ids (arrays that broadcast)."""
+        if self._codes is not None:
+            return self._codes[0][rows] == self._codes[1][ids]
+        key = rows * self.n + ids
+        if self._pairs is None or not len(self._keys):
+            return np.zeros(key.shape, bool)
+        place = np.searchsorted(self._keys, key).clip(max=len(self._keys) - 1)
+        return self._keys[place] == key
+
+    def relevant(self, column="label"):
+        """Count the allowed gallery items that share each query's label."""
+        gallery, queries = self._tables
+        ql, gl = _codes(queries, gallery, [column], "counting relevant items")
+        size = 1 + max(ql.max(initial=0), gl.max(initial=0))
+        count = np.bincount(gl, minlength=size)[ql]
+        if self._pairs is not None:
+            q, g = self._pairs
+            return count - np.bincount(q[ql[q] == gl[g]], minlength=len(ql))
+        if self._codes is None:
+            return count
+        both, mine = self._codes[1] * size + gl, self._codes[0] * size + ql
+        kinds, counts = np.unique(both, return_counts=True)
+        place = np.searchsorted(kinds, mine).clip(max=len(kinds) - 1)
+        return count - np.where(kinds[place] == mine, counts[place], 0)
+
+
+def _codes(queries, gallery, columns, why):
+    """Give queries' and gallery's rows one number for each distinct value."""
+    for which, table in (("queries'", queries), ("gallery's", gallery)):
+        for name in columns:
+            if name not in table:
+                raise ValueError(
+                    f"the {which} table has no column {name!r}, which {why} needs; "
+                    f"it has {', '.join(map(str, table.columns))}"
+                )
+            if table[name].isna().any():
+                row = int(table[name].isna().to_numpy().argmax())
+                raise ValueError(
+                    f"row {row} of the {which} table has no {name}, which {why} "
+                    "needs; fill it in or drop the row"
+                )
+    total = np.zeros(len(queries) + len(gallery), np.int64)
+    for name in columns:
+        parts = [table[name].astype(object) for table in (queries, gallery)]
+        kinds = {pd.api.types.infer_dtype(part) for part in parts if len(part)}
+        if len(kinds) > 1 and not kinds <= {"integer", "floating"}:
+            raise ValueError(
+                f"{name} is {' in one table and '.join(sorted(kinds))} in the other; "
+                "values would never match: convert one of them"
+            )
+        codes, kinds = pd.factorize(pd.concat(parts, ignore_index=True))
+        total = pd.factorize(total * (len(kinds) + 1) + codes)[0]
+    return total[: len(queries)], total[len(queries) :]
+
+
+def _touching(gallery, queries):
+    """Pairs (query row, gallery row) of one slide that overlap or touch."""
+    where = [c for c in ("slide", "image") if c == "slide" or c in queries]
+    qs, gs = _codes(queries, gallery, where, "exclude='touching'")
+    for table in (queries, gallery):
+        _codes(table, table, ["x", "y", "size"], "exclude='touching'")
+    found = [np.empty((2, 0), np.int64)]
+    for slide in np.intersect1d(qs, gs):
+        q, g = np.flatnonzero(qs == slide), np.flatnonzero(gs == slide)
+        mine, theirs = queries.iloc[q], gallery.iloc[g]
+        scale = mine["mpp"] / mine["slide_mpp"] if "slide_mpp" in mine else 1.0
+        reach = float(np.median(mine["size"] * scale)) * 1.001  # x, y: level-0 px
+        tree = cKDTree(theirs[["x", "y"]].to_numpy(float))
+        near = tree.query_ball_point(mine[["x", "y"]].to_numpy(float), reach, p=np.inf)
+        counts = [len(rows) for rows in near]
+        rows = np.concatenate([*near, []]).astype(np.int64)
+        found.append(np.stack([np.repeat(q, counts), g[rows]]))
+    return np.concatenate(found, axis=1)

@@ -19,7 +19,7 @@ from lightning.fabric import Fabric
 from lightning_utilities.core.apply_func import apply_to_collection
 from tqdm import tqdm
 
-from histo_utils import atomic
+from histo_utils import provenance
 from histo_utils.provenance import plain
 
 
@@ -200,7 +200,7 @@ def _resume(last, parts, settings, fabric):
 
 def _save(state, path, fabric):
     if fabric.is_global_zero:
-        with atomic.new_file(path) as part:
+        with provenance.new_file(path) as part:
             torch.save(state, part)
     fabric.barrier()
 

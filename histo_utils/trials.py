@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from histo_utils import atomic, bench, metrics, protocols
+from histo_utils import bench, metrics, protocols, provenance
 from histo_utils.embeddings import Embeddings, load_embeddings
 
 TASKS = ("scan", "organ")
@@ -219,7 +219,7 @@ def keep_vectors(made: list[list[Embeddings]], folder) -> None:
         Vectors that it held before are replaced, as a whole or not at all.
     """
     names = {str(seed) for seed in range(MOST_SEEDS)}
-    with atomic.new_folder(folder, names, "kept vectors") as fresh:
+    with provenance.new_folder(folder, names, "kept vectors") as fresh:
         for seed, parts in enumerate(made):
             for number, one in enumerate(parts):
                 one.save(fresh / str(seed) / str(number))

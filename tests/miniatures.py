@@ -15,9 +15,9 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from histo_utils.catalog import slide_table
-from histo_utils.layouts import NCT_CLASSES
 from histo_utils.mosaic import extract_mosaics
 from histo_utils.phantom import write_phantom_archive
+from histo_utils.readers.class_folders import NCT_CLASSES
 
 SIDE = 64  # px of a patch; the papers have 1000, 224 and 256
 # Of a Path24 scan: 3 × 4 whole cells, and a rest below and to the right.

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from histo_utils import atomic
+from histo_utils import provenance
 
 
 @pytest.mark.parametrize("before", [None, "old"])
@@ -13,13 +13,13 @@ def test_an_error_on_the_way_leaves_what_was_there(tmp_path, before):
     if before:
         path.parent.mkdir()
         path.write_text(before)
-    with pytest.raises(RuntimeError, match="full"), atomic.new_file(path) as part:
+    with pytest.raises(RuntimeError, match="full"), provenance.new_file(path) as part:
         part.write_text("half")
         assert not path.exists() if before is None else path.read_text() == before
         raise RuntimeError("disk full")
     assert [p.name for p in path.parent.iterdir()] == (["note.txt"] if before else [])
     assert before is None or path.read_text() == before
-    with atomic.new_file(path) as part:
+    with provenance.new_file(path) as part:
         part.write_text("whole")
     assert path.read_text() == "whole"
     assert [p.name for p in path.parent.iterdir()] == ["note.txt"]
@@ -32,11 +32,11 @@ def test_a_kill_leaves_what_was_there_and_the_next_run_works(tmp_path, kind):
 
     def write(text, die=False):
         if kind == "file":
-            with atomic.new_file(tmp_path / "it") as part:
+            with provenance.new_file(tmp_path / "it") as part:
                 part.write_text(text)
                 die and os._exit(1)
         else:
-            with atomic.new_folder(tmp_path / "it", {"a"}, "ours") as fresh:
+            with provenance.new_folder(tmp_path / "it", {"a"}, "ours") as fresh:
                 (fresh / "a").write_text(text)
                 die and os._exit(1)
 
@@ -60,12 +60,12 @@ def test_a_folder_takes_the_place_of_its_own_kind_only(tmp_path):
     (tmp_path / "set" / "mine.txt").write_text("mine")
     with (
         pytest.raises(FileExistsError, match=r"set holds 'mine.txt'.*saved sets"),
-        atomic.new_folder(tmp_path / "set", {"a"}, "saved sets"),
+        provenance.new_folder(tmp_path / "set", {"a"}, "saved sets"),
     ):
         pytest.fail("it was given out")
     assert (tmp_path / "set" / "mine.txt").read_text() == "mine"
     (tmp_path / "set" / "mine.txt").rename(tmp_path / "set" / "a")
-    with atomic.new_folder(tmp_path / "set", {"a"}, "saved sets") as fresh:
+    with provenance.new_folder(tmp_path / "set", {"a"}, "saved sets") as fresh:
         (fresh / "a").write_text("ours")
     assert (tmp_path / "set" / "a").read_text() == "ours"
     assert [p.name for p in tmp_path.iterdir()] == ["set"]

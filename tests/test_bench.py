@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from histo_utils import bench, metrics, protocols
+from histo_utils import bench, metrics, protocols, statistics
 
 
 def test_quarters_of_a_region(bench_archive):
@@ -103,7 +103,7 @@ def test_summary_and_family(bench_archive):
     found = bench.family(runs, "a", ["b"], ["scan_split", "organ"])["b"]
     p = [comparison["p"] for comparison in found.values()]
     adjusted = [comparison["p_holm"] for comparison in found.values()]
-    np.testing.assert_allclose(adjusted, metrics.holm(p))
+    np.testing.assert_allclose(adjusted, statistics.holm(p))
 
 
 def test_sides_and_column():

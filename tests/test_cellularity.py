@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import spearmanr
 from skimage.color import rgb2hed
 
-from histo_utils.cellularity import (
+from histo_utils.stains import (
     NucleiFit,
     cellularity,
     haematoxylin,

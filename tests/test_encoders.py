@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from histo_utils import catalog, patches
 from histo_utils.embeddings import Embeddings
 from histo_utils.encoders import Card, Encoder, Pooled, cache_key, embed, frozen
-from histo_utils.loaders import Preprocessing, StainFit, StainMatch, grey
+from histo_utils.loaders import Preprocessing, grey
 from histo_utils.metrics import accuracy
 from histo_utils.protocols import leave_one_out, patient_folds
+from histo_utils.stains import StainFit, StainMatch
 
 SMALL = "mobilenetv3_small_050"
 SIDE = 40

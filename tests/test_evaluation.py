@@ -4,7 +4,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from histo_utils import bench, evaluation, failures, metrics, protocols, trust
+from histo_utils import (
+    bench,
+    confounders,
+    evaluation,
+    metrics,
+    protocols,
+    selective,
+    statistics,
+)
 from histo_utils.embeddings import Embeddings
 
 HOW = {"metric": "cosine"}
@@ -141,13 +149,13 @@ def test_effects_are_paired_and_corrected_over_all(bench_archive):
     ]
     assert cell["difference"] == pytest.approx((means[0] - means[1]).mean())
     ps = [c[k] for c in list(found.values())[1:] for k in c if "minus" in k]
-    expected = metrics.holm([c["p"] for c in ps])
+    expected = statistics.holm([c["p"] for c in ps])
     assert [c["p_holm"] for c in ps] == pytest.approx(list(expected))
 
 
 def test_silence_and_the_unknown_by_hand(bench_archive):
     ruled = {
-        aim: trust.abstain(bench_archive, trust.agreement, aim, k=5)
+        aim: selective.abstain(bench_archive, selective.agreement, aim, k=5)
         for aim in (0.3, 1.0)
     }
     row = evaluation.silence(ruled)
@@ -158,16 +166,16 @@ def test_silence_and_the_unknown_by_hand(bench_archive):
     assert row["gain"]["score"] == pytest.approx(
         out["wrong"].mean() - row["area"]["score"]
     )
-    asked = trust.without_each_class(bench_archive, k=5)
+    asked = selective.without_each_class(bench_archive, k=5)
     # two labels: without one of them, all neighbours agree on the other
-    row, each = evaluation.unknown(asked, trust.agreement, ruled)
+    row, each = evaluation.unknown(asked, selective.agreement, ruled)
     assert row["AUROC"]["score"] == 0.5 and each == {"a": 0.5, "b": 0.5}
     answered = (out["threshold"] <= 1).mean()
     assert row["absent_answered_at_100"]["score"] == pytest.approx(answered)
 
 
 def test_a_risk_without_answers_is_not_a_number_of_the_table(bench_archive):
-    out = trust.abstain(bench_archive, trust.agreement, 1.0, k=5)
+    out = selective.abstain(bench_archive, selective.agreement, 1.0, k=5)
     none = out.assign(answered=False)
     one = out.assign(answered=(out["patient"] == 3).to_numpy())
     row = evaluation.silence({0.1: none, 0.2: one})
@@ -200,6 +208,6 @@ def test_histogram_of_transformed_patches(monkeypatch):
 
 def test_rules_of_failure_take_what_the_protocol_gives(bench_archive):
     out = protocols.patient_folds(bench_archive, 5, **HOW)
-    found = failures.causes(out, out, bench_archive.table, "site")
+    found = confounders.causes(out, out, bench_archive.table, "site")
     assert len(found) == (hits(out) == 0).sum()
     assert found["colour"].all(), "a system's wrong hit is in its own slide"

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from histo_utils import failures
+from histo_utils import confounders
 
 TABLE = pd.DataFrame(
     {
@@ -35,7 +35,7 @@ def outcomes(neighbours):
 def test_rules_by_hand():
     # 0 (a, P) finds 4 (b, P): same preparation, a exists as F; histogram on 4's slide
     # 1 (b, P) finds 4 (b): right.  2 (c, F) finds 7 (b, F): the only c is F, too
-    found = failures.causes(
+    found = confounders.causes(
         outcomes([[4, 5, 3], [4, 3, 5], [7, 5, 6]]),
         outcomes([[4, 3, 5], [6, 3, 5], [3, 4, 5]]),
         TABLE,
@@ -57,7 +57,7 @@ def test_rules_by_hand():
 
 
 def test_a_mistake_may_fit_no_rule():
-    found = failures.causes(
+    found = confounders.causes(
         outcomes([[7, 5, 4]]), outcomes([[4, 3, 5]]), TABLE, k=3
     )  # 0 (a, P) finds 7 (b, F), no other a near
     assert found["none"].tolist() == [True]
@@ -66,4 +66,4 @@ def test_a_mistake_may_fit_no_rule():
 
 def test_other_queries_are_refused():
     with pytest.raises(ValueError, match="different queries"):
-        failures.causes(outcomes([[4], [4]]), outcomes([[4]]), TABLE)
+        confounders.causes(outcomes([[4], [4]]), outcomes([[4]]), TABLE)

@@ -10,15 +10,20 @@ import tifffile
 from PIL import Image
 
 from histo_utils.catalog import patch_table, slide_table
-from histo_utils.layouts import (
+from histo_utils.patches import check_patches, read_patch
+from histo_utils.readers.class_folders import (
     NCT_CLASSES,
     PATH24_CLASSES,
     read_class_folders,
     save_png,
 )
-from histo_utils.pannuke import convert_pannuke
-from histo_utils.patches import check_patches, read_patch
-from histo_utils.tcga import STUDIES, projects_of_sites, read_mosaics, weak_labels
+from histo_utils.readers.pannuke import convert_pannuke
+from histo_utils.readers.tcga import (
+    STUDIES,
+    projects_of_sites,
+    read_mosaics,
+    weak_labels,
+)
 
 COLUMNS = {
     "image", "x", "y", "size", "mpp", "slide_mpp", "label", "slide", "patient",

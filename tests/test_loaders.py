@@ -7,15 +7,8 @@ import torch
 from PIL import Image
 
 from histo_utils import patches
-from histo_utils.loaders import (
-    PatchDataset,
-    Preprocessing,
-    StainMatch,
-    colour,
-    fit_stains,
-    grey,
-    loader,
-)
+from histo_utils.loaders import PatchDataset, Preprocessing, colour, grey, loader
+from histo_utils.stains import StainMatch, fit_stains
 
 SIZE = 32
 PURPLE, PINK = np.array([0.65, 0.70, 0.29]), np.array([0.07, 0.99, 0.11])

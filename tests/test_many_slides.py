@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from histo_utils.many_slides import run_batch
+from histo_utils.jobs import run_batch
 
 
 def work(job, out):

@@ -1,6 +1,5 @@
 import json
 from collections import Counter
-from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -9,26 +8,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-from scipy import stats
 from sklearn.metrics import average_precision_score, balanced_accuracy_score
 
 from histo_utils.embeddings import Embeddings
 from histo_utils.metrics import (
     accuracy,
-    bootstrap_ci,
     cumulative_cutoff_score,
-    detectable_difference,
     eta_scores,
-    holm,
     majority_at_k,
     majority_labels,
     map_at_r,
     mean_average_precision,
     official_python_scorer,
-    paired_sign_flip,
     precision_at_k,
     recall_at_k,
-    score_table,
 )
 from histo_utils.protocols import leave_one_out, train_gallery
 
@@ -271,154 +264,3 @@ def test_cutoff_score_golden_and_its_order(golden):
         cumulative_cutoff_score([[0.0], [np.nan]], [0, 1])
     with pytest.raises(ValueError, match="for 3 labels"):
         cumulative_cutoff_score(np.eye(4), [0, 0, 1])
-
-
-def test_bootstrap_equals_loops():
-    rng = np.random.default_rng(0)
-    values, groups = rng.random(50), rng.integers(0, 7, 50)
-    interval = bootstrap_ci(values, groups, n_boot=300, seed=5)
-    draws = np.random.default_rng(5).integers(0, 7, (300, 7))
-    names = pd.unique(groups)
-    means = [
-        np.concatenate([values[groups == names[g]] for g in draw]).mean()
-        for draw in draws
-    ]
-    assert interval == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
-    pairs = np.stack([values, values], 1)
-    general = bootstrap_ci(
-        pairs, groups, n_boot=300, seed=5, statistic=lambda rows: rows[:, 1].mean()
-    )
-    assert interval == pytest.approx(general)
-
-
-def test_bootstrap_agrees_with_scipy():
-    values = np.random.default_rng(1).normal(size=80)
-    ours = bootstrap_ci(values, n_boot=20_000)
-    their = stats.bootstrap(
-        (values,), np.mean, n_resamples=20_000, method="percentile", rng=0
-    ).confidence_interval
-    np.testing.assert_allclose(ours, [their.low, their.high], atol=0.01)
-
-
-def test_bootstrap_over_patients_is_wider_than_over_patches():
-    rng = np.random.default_rng(0)
-    groups = np.repeat(np.arange(10), 30)
-    values = rng.normal(size=10)[groups] + 0.1 * rng.normal(size=300)
-    by_patient, by_patch = bootstrap_ci(values, groups), bootstrap_ci(values)
-    assert np.ptp(by_patient) > 3 * np.ptp(by_patch)
-
-
-def test_bootstrap_is_repeatable_and_in_chunks(monkeypatch):
-    from histo_utils import metrics
-
-    values, groups = np.random.default_rng(0).random(60), np.arange(60) % 20
-    first = bootstrap_ci(values, groups)
-    assert first == bootstrap_ci(values, groups)
-    assert first != bootstrap_ci(values, groups, seed=1)
-    monkeypatch.setattr(metrics, "_CELLS", 64)
-    assert first == bootstrap_ci(values, groups)
-
-
-@pytest.mark.parametrize(
-    ("values", "groups", "message"),
-    [
-        ([0.0, np.nan], None, "value 1 is NaN"),
-        ([0.0, 1.0], ["a"], "2 values but 1 groups"),
-        ([0.0, 1.0], ["a", "a"], "1 group; an interval over groups"),
-        ([0.0, 1.0], ["a", None], "value 1 has no group"),
-        ([], None, "0 group"),
-    ],
-)
-def test_bootstrap_bad_input(values, groups, message):
-    with pytest.raises(ValueError, match=message):
-        bootstrap_ci(values, groups)
-    with pytest.raises(ValueError, match="level=95"):
-        bootstrap_ci([0, 1], level=95)
-
-
-def test_sign_flip_is_exact_for_few_patients():
-    rng = np.random.default_rng(2)
-    groups = np.repeat(list("abcdefg"), [1, 5, 2, 2, 3, 1, 4])
-    a, b = rng.random(18) + 0.2, rng.random(18)
-    found = paired_sign_flip(a, b, groups)
-    each = [(a - b)[groups == g].mean() for g in "abcdefg"]
-    far = [
-        abs(np.dot(signs, each)) >= abs(sum(each)) - 1e-12
-        for signs in product([-1, 1], repeat=7)
-    ]
-    assert found.p == np.mean(far)
-    assert found.difference == pytest.approx(np.mean(each))
-    assert found.n == 7
-    assert found.low < found.difference < found.high
-    their = stats.permutation_test(
-        (np.array(each),), np.mean, permutation_type="samples", n_resamples=np.inf
-    )
-    assert found.p == pytest.approx(their.pvalue)
-
-
-def test_sign_flip_by_monte_carlo():
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=30) + 1.5, rng.normal(size=30)
-    assert paired_sign_flip(a, b, n_flips=999).p <= 0.01
-    assert paired_sign_flip(a, b, n_flips=999).p >= 1 / 1000
-    null = [
-        paired_sign_flip(*rng.normal(size=(2, 20)), n_flips=199).p for _ in range(400)
-    ]
-    assert abs(np.mean(np.array(null) <= 0.1) - 0.1) < 0.04
-    assert paired_sign_flip(a, a).p == 1
-    assert paired_sign_flip(a, b) == paired_sign_flip(a, b)
-    swapped = paired_sign_flip(b, a)
-    assert swapped.difference == -paired_sign_flip(a, b).difference
-    with pytest.raises(ValueError, match="on the same queries"):
-        paired_sign_flip(a, b[:5])
-
-
-def test_holm_by_hand():
-    p = [0.01, 0.04, 0.03, 0.005]
-    np.testing.assert_allclose(holm(p), [0.03, 0.06, 0.06, 0.02])
-    assert holm([0.9, 0.8]).tolist() == [1, 1]
-    assert holm([]).tolist() == []
-    with pytest.raises(ValueError, match="numbers 0–1"):
-        holm([0.1, np.nan])
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
-def test_holm_equals_loops(p):
-    order = sorted(range(len(p)), key=lambda i: p[i])
-    expected, worst = {}, 0.0
-    for rank, i in enumerate(order):
-        worst = max(worst, min(1.0, (len(p) - rank) * p[i]))
-        expected[i] = worst
-    np.testing.assert_allclose(holm(p), [expected[i] for i in range(len(p))])
-
-
-def test_detectable_difference():
-    rng = np.random.default_rng(0)
-    groups = np.repeat(np.arange(43), 16)
-    differences = rng.normal(size=43)[groups] + rng.normal(size=len(groups))
-    each = pd.Series(differences).groupby(groups).mean()
-    expected = (stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) * each.std() / np.sqrt(43)
-    assert detectable_difference(differences, groups) == pytest.approx(expected)
-    # A shift of this size is found in about 80 of 100 repetitions.
-    size = detectable_difference(rng.normal(size=4000)) * np.sqrt(4000 / 60)
-    found = [
-        stats.ttest_1samp(rng.normal(size, 1, 60), 0).pvalue < 0.05 for _ in range(800)
-    ]
-    assert abs(np.mean(found) - 0.8) < 0.05
-
-
-def test_score_table():
-    out = outcomes_of(0)
-    table = score_table(out, n_boot=200).set_index("metric")
-    assert table.loc["precision@3", "value"] == precision_at_k(out, 3)
-    assert "recall@10" not in table.index
-    assert (table["low"] <= table["value"]).all()
-    assert (table["value"] <= table["high"]).all()
-    assert table["groups"].unique() == [out["patient"].nunique()]
-    low, high = bootstrap_ci(
-        recall_at_k(out, 5, per_query=True), out["patient"], n_boot=200
-    )
-    assert tuple(table.loc["recall@5", ["low", "high"]]) == (low, high)
-    classifier = out.assign(neighbours=None, neighbour_labels=None, relevant=None)
-    assert score_table(classifier)["metric"].tolist() == ["accuracy"]

@@ -15,8 +15,8 @@ from torch import nn
 from histo_utils import catalog, classifiers, encoders, loaders, metrics
 from histo_utils.networks import stages
 from histo_utils.networks.tuned import eight_views, halves, new_head, outputs
-from histo_utils.path24 import convert_path24
 from histo_utils.provenance import project_folder
+from histo_utils.readers.path24 import convert_path24
 
 CHAPTER = "04_pretrained_features"
 

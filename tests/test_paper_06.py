@@ -11,7 +11,7 @@ import torch
 import yaml
 from miniatures import nct_crc
 
-from histo_utils.layouts import NCT_CLASSES
+from histo_utils.readers.class_folders import NCT_CLASSES
 
 ROOT = Path(__file__).parents[1]
 NAME = "06_two_step_fine_tuning"

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from histo_utils import path24
 from histo_utils.catalog import patch_table
 from histo_utils.patches import check_patches, read_patch
-from histo_utils.path24 import convert_path24
+from histo_utils.readers import path24
+from histo_utils.readers.path24 import convert_path24
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 
 from histo_utils import side_by_side, trials
-from histo_utils.metrics import accuracy, holm
+from histo_utils.metrics import accuracy
+from histo_utils.statistics import holm
 
 
 def run(hits, patients="aabbcc"):

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from histo_utils import barcodes, published
-from histo_utils.barcodes import bag_distances, minmax_barcode
+from histo_utils import published, search
 from histo_utils.protocols import slide_search, vertical_search
+from histo_utils.search import bag_distances, minmax_barcode
 
 
 def distance_by_loops(a, b, metric, reduce):
@@ -47,9 +47,9 @@ def test_bag_distances_equal_loops(seed, d, sizes, metric, reduce, together):
     bags = bags_of(sizes, d, metric, seed)
     expected = [[distance_by_loops(a, b, metric, reduce) for b in bags] for a in bags]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(barcodes, "_PATCHES", together)
-        patch.setattr(barcodes, "_ROWS", together)
-        patch.setattr(barcodes, "_FEW", together)
+        patch.setattr(search, "_PATCHES", together)
+        patch.setattr(search, "_ROWS", together)
+        patch.setattr(search, "_FEW", together)
         among = bag_distances(bags, metric=metric, reduce=reduce)
         between = bag_distances(bags[:2], bags[1:], metric, reduce)
     np.testing.assert_allclose(among, expected, atol=2e-12)

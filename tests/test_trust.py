@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from histo_utils import protocols, trust
+from histo_utils import protocols, selective
 from histo_utils.embeddings import Embeddings
 
 
@@ -23,7 +23,7 @@ def loop_area(confidence, errors, orders=4000):
 
 def test_curve_by_hand():
     """Five queries: two surest right, then a tied pair with one wrong, then wrong."""
-    found = trust.risk_coverage([0.9, 0.8, 0.5, 0.5, 0.1], [0, 0, 1, 0, 1])
+    found = selective.risk_coverage([0.9, 0.8, 0.5, 0.5, 0.1], [0, 0, 1, 0, 1])
     assert found["threshold"].tolist() == [0.9, 0.8, 0.5, 0.1]
     assert found["coverage"].tolist() == pytest.approx([0.2, 0.4, 0.8, 1.0])
     assert found["risk"].tolist() == pytest.approx([0, 0, 1 / 4, 2 / 5])
@@ -32,7 +32,7 @@ def test_curve_by_hand():
 def test_coverage_rises_as_the_threshold_falls_to_answering_all():
     rng = np.random.default_rng(1)
     confidence, errors = rng.integers(0, 9, 200) / 8, rng.random(200) < 0.4
-    found = trust.risk_coverage(confidence, errors)
+    found = selective.risk_coverage(confidence, errors)
     assert (np.diff(found["coverage"]) > 0).all()
     assert (np.diff(found["threshold"]) < 0).all()
     assert found["coverage"].iloc[-1] == 1
@@ -46,31 +46,31 @@ def test_coverage_rises_as_the_threshold_falls_to_answering_all():
 def test_area_by_hand():
     # risks 0, 0, then within the tie 0.5 expected errors of 3, 1 of 4, then 2 of 5
     by_hand = (0 + 0 + 0.5 / 3 + 1 / 4 + 2 / 5) / 5
-    found = trust.area([0.9, 0.8, 0.5, 0.5, 0.1], [0, 0, 1, 0, 1])
+    found = selective.area([0.9, 0.8, 0.5, 0.5, 0.1], [0, 0, 1, 0, 1])
     assert found == pytest.approx(by_hand)
 
 
 def test_area_equals_loops_over_random_orders_of_ties():
     rng = np.random.default_rng(2)
     confidence, errors = rng.integers(0, 4, 30), rng.random(30) < 0.5
-    found = trust.area(confidence, errors)
+    found = selective.area(confidence, errors)
     assert found == pytest.approx(loop_area(confidence, errors), abs=0.005)
 
 
 def test_a_constant_confidence_has_the_overall_error():
     errors = np.array([1, 0, 0, 1, 0, 0, 0])
-    assert trust.area(np.full(7, 0.3), errors) == pytest.approx(2 / 7)
-    assert len(trust.risk_coverage(np.full(7, 0.3), errors)) == 1
+    assert selective.area(np.full(7, 0.3), errors) == pytest.approx(2 / 7)
+    assert len(selective.risk_coverage(np.full(7, 0.3), errors)) == 1
 
 
 def test_area_depends_on_the_order_of_confidences_only():
     rng = np.random.default_rng(3)
     confidence, errors = rng.random(50), rng.random(50) < 0.3
-    found = trust.area(confidence, errors)
-    assert trust.area(np.exp(3 * confidence) - 7, errors) == pytest.approx(found)
+    found = selective.area(confidence, errors)
+    assert selective.area(np.exp(3 * confidence) - 7, errors) == pytest.approx(found)
     mixed = rng.permutation(50)
-    assert trust.area(confidence[mixed], errors[mixed]) == pytest.approx(found)
-    best, worst = trust.area(~errors, errors), trust.area(errors, errors)
+    assert selective.area(confidence[mixed], errors[mixed]) == pytest.approx(found)
+    best, worst = selective.area(~errors, errors), selective.area(errors, errors)
     assert best <= found <= worst
 
 
@@ -79,13 +79,13 @@ def test_area_depends_on_the_order_of_confidences_only():
 )
 def test_threshold_by_hand(risk, least):
     confidence, errors = [0.9, 0.8, 0.5, 0.5, 0.1], [0, 0, 1, 0, 1]
-    assert trust.threshold(confidence, errors, risk) == least
+    assert selective.threshold(confidence, errors, risk) == least
 
 
 def test_no_threshold_is_good_enough():
-    assert trust.threshold([2, 1], [1, 0], 0.3) == np.inf
+    assert selective.threshold([2, 1], [1, 0], 0.3) == np.inf
     # a mistake on top does not forbid a lower threshold whose risk is small enough
-    assert trust.threshold([4, 3, 2, 1], [1, 0, 0, 0], 0.3) == 1
+    assert selective.threshold([4, 3, 2, 1], [1, 0, 0, 0], 0.3) == 1
 
 
 def test_auroc_equals_the_share_of_pairs():
@@ -96,21 +96,21 @@ def test_auroc_equals_the_share_of_pairs():
         for a in confidence[present]
         for b in confidence[~present]
     ]
-    assert trust.auroc(confidence, present) == pytest.approx(np.mean(pairs))
-    assert trust.auroc(np.ones(4), [1, 1, 0, 0]) == 0.5
-    assert np.isnan(trust.auroc([1, 2], [1, 1]))
+    assert selective.auroc(confidence, present) == pytest.approx(np.mean(pairs))
+    assert selective.auroc(np.ones(4), [1, 1, 0, 0]) == 0.5
+    assert np.isnan(selective.auroc([1, 2], [1, 1]))
 
 
 def test_mean_auroc_leaves_out_archives_without_one():
-    assert np.isnan(trust.mean_auroc([1, 2], [1, 1], [0, 1]))
+    assert np.isnan(selective.mean_auroc([1, 2], [1, 1], [0, 1]))
     # archive 0: 1.0; archive 1: 0.5; archive 2 misses nothing
-    found = trust.mean_auroc([2, 1, 1, 1, 9], [1, 0, 1, 0, 1], [0, 0, 1, 1, 2])
+    found = selective.mean_auroc([2, 1, 1, 1, 9], [1, 0, 1, 0, 1], [0, 0, 1, 1, 2])
     assert found == pytest.approx(0.75)
 
 
 def test_risk_of_what_was_answered():
-    assert trust.risk([1, 1, 0, 1], [1, 0, 1, 0]) == pytest.approx(1 / 3)
-    assert np.isnan(trust.risk([0, 0], [0, 1]))
+    assert selective.risk([1, 1, 0, 1], [1, 0, 1, 0]) == pytest.approx(1 / 3)
+    assert np.isnan(selective.risk([0, 0], [0, 1]))
 
 
 def test_confidences_by_hand():
@@ -120,14 +120,14 @@ def test_confidences_by_hand():
             "distances": [[0.25, 0.5, 0.5, 0.75], [0.5, 1, 1, 1]],
         }
     )
-    assert trust.agreement(found).tolist() == [0.5, 1.0]
-    assert trust.closeness(found).tolist() == [-0.25, -0.5]
+    assert selective.agreement(found).tolist() == [0.5, 1.0]
+    assert selective.closeness(found).tolist() == [-0.25, -0.5]
 
 
 def test_intervals_are_over_patients():
     """Two patients, one all right and one all wrong: each draw is 0, 1/2 or 1."""
-    found = trust.over_patients(
-        trust.risk, [np.ones(8), [0] * 4 + [1] * 4], list("aaaabbbb")
+    found = selective.over_patients(
+        selective.risk, [np.ones(8), [0] * 4 + [1] * 4], list("aaaabbbb")
     )
     assert (found["score"], found["low"], found["high"]) == (0.5, 0, 1)
     assert (found["n"], found["queries"]) == (2, 8)
@@ -137,7 +137,7 @@ def test_answers_are_those_of_the_protocol_where_every_class_is_there(bench_arch
     protocol = protocols.patient_folds(bench_archive, 5, metric="cosine")
     fold = bench_archive.table["fold"].to_numpy()
     for value in range(4):
-        mine = trust.answers(bench_archive, fold == value, fold != value, 5)
+        mine = selective.answers(bench_archive, fold == value, fold != value, 5)
         same = protocol[fold == value].reset_index(drop=True)
         assert np.array_equal(
             np.stack(mine["neighbours"]), np.stack(same["neighbours"])
@@ -149,19 +149,19 @@ def test_answers_are_those_of_the_protocol_where_every_class_is_there(bench_arch
 def test_a_patient_on_both_sides_is_refused(bench_archive):
     slide = bench_archive.table["x"].to_numpy()
     with pytest.raises(ValueError, match="queries and gallery"):
-        trust.answers(bench_archive, slide == 0, slide > 0)
+        selective.answers(bench_archive, slide == 0, slide > 0)
 
 
 def test_each_fold_is_asked_by_a_rule_that_never_saw_it(bench_archive):
     """Other labels and vectors in a fold change its answers, never its threshold."""
     table = bench_archive.table
-    how = {"confidence": trust.closeness, "risk": 0.5, "k": 5}
-    before = trust.abstain(bench_archive, **how)
+    how = {"confidence": selective.closeness, "risk": 0.5, "k": 5}
+    before = selective.abstain(bench_archive, **how)
     inside = (table["fold"] == 2).to_numpy()
     vectors = bench_archive.vectors.copy()
     vectors[inside] = np.random.default_rng(9).standard_normal((inside.sum(), 5))
     other = table.assign(label=table["label"].where(~inside, "b"))
-    after = trust.abstain(Embeddings(vectors, other), **how)
+    after = selective.abstain(Embeddings(vectors, other), **how)
     first, second = (x.groupby(table["fold"])["threshold"] for x in (before, after))
     assert (first.nunique() == 1).all() and (second.nunique() == 1).all()
     assert first.first()[2] == second.first()[2]
@@ -170,7 +170,7 @@ def test_each_fold_is_asked_by_a_rule_that_never_saw_it(bench_archive):
 
 
 def test_the_threshold_equals_loops(bench_archive):
-    found = trust.abstain(bench_archive, trust.closeness, 0.4, k=3)
+    found = selective.abstain(bench_archive, selective.closeness, 0.4, k=3)
     table, vectors = bench_archive.table, bench_archive.vectors.astype(float)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     fold, label = table["fold"].to_numpy(), table["label"].to_numpy()
@@ -180,7 +180,7 @@ def test_the_threshold_equals_loops(bench_archive):
         far = np.where(may, 1 - unit @ unit[row], np.inf)
         confidence.append(-far.min())
         errors.append(label[far.argmin()] != label[row])
-    by_loops = trust.threshold(confidence, errors, 0.4)
+    by_loops = selective.threshold(confidence, errors, 0.4)
     mine = found.loc[table["fold"] == 0, "threshold"]
     assert mine.to_numpy() == pytest.approx(by_loops, abs=1e-6)
 
@@ -188,11 +188,11 @@ def test_the_threshold_equals_loops(bench_archive):
 def test_two_folds_leave_nobody_to_choose(bench_archive):
     rows = bench_archive.take((bench_archive.table["fold"] < 2).to_numpy())
     with pytest.raises(ValueError, match="three folds"):
-        trust.abstain(rows, trust.agreement, 0.2)
+        selective.abstain(rows, selective.agreement, 0.2)
 
 
 def test_an_absent_class_is_never_found(bench_archive):
-    found = trust.without_each_class(bench_archive, k=4)
+    found = selective.without_each_class(bench_archive, k=4)
     assert len(found) == 2 * len(bench_archive)
     labels = np.stack(found["neighbour_labels"])
     assert (labels != found["without"].to_numpy()[:, None]).all()
@@ -207,4 +207,4 @@ def test_an_absent_class_is_never_found(bench_archive):
 )
 def test_bad_input_is_refused(confidence, errors):
     with pytest.raises(ValueError, match="expected"):
-        trust.risk_coverage(confidence, errors)
+        selective.risk_coverage(confidence, errors)

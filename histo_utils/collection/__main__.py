@@ -8,7 +8,7 @@ import sys
 from concurrent.futures import BrokenExecutor
 
 from histo_utils.collection.building import index_slides
-from histo_utils.many_slides import pool
+from histo_utils.jobs import pool
 from histo_utils.slides import SlideError
 
 

@@ -17,7 +17,7 @@ from histo_utils.collection.upkeep import claim, clear, clear_begun, write
 from histo_utils.collection.vectors import gather, vectors_of_slide
 from histo_utils.embeddings import VECTORS
 from histo_utils.encoders import frozen
-from histo_utils.many_slides import run_batch
+from histo_utils.jobs import run_batch
 from histo_utils.mosaic import extract_mosaics
 from histo_utils.provenance import file_hash
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from histo_utils import atomic
+from histo_utils import provenance
 
 NOTE = "collection.json"
 ATLAS_FACTS = ("atlas_of", "atlas_notes")  # of the note, kept from run to run
@@ -68,5 +68,5 @@ def clear_begun(folder):
 
 def write(path, text):
     """Write a text file, whole or not at all."""
-    with atomic.new_file(path) as part:
+    with provenance.new_file(path) as part:
         part.write_text(text, "utf-8")

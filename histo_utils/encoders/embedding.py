@@ -35,7 +35,7 @@ def embed(
         A patch table.
     transform : callable, optional
         ``transform(image, slide)``: `loaders.colour` (default), `loaders.grey`, a
-        `loaders.StainMatch`.
+        `stains.StainMatch`.
     batch_size : int
         On two CPU cores 16 was faster than 64.
     device : str, optional

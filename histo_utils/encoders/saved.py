@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from histo_utils import atomic
+from histo_utils import provenance
 from histo_utils.encoders.checkpoints import fit_state, read_state
 from histo_utils.encoders.encoder import Card, Encoder
 from histo_utils.encoders.recipes import NETWORKS, build
@@ -64,7 +64,7 @@ def save(encoder, folder, extra=None) -> Path:
         "recipe": encoder.recipe, "preprocessing": asdict(encoder.preprocessing),
         "card": asdict(encoder.card), "extra": extra,
     }  # fmt: skip
-    with atomic.new_folder(folder, {WEIGHTS, FACTS}, "a saved encoder") as fresh:
+    with provenance.new_folder(folder, {WEIGHTS, FACTS}, "a saved encoder") as fresh:
         save_file(state, fresh / WEIGHTS)
         facts["weights_sha256"] = _sha256(fresh / WEIGHTS)
         try:

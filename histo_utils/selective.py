@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from histo_utils import metrics
+from histo_utils import metrics, statistics
 from histo_utils.search import Archive
 
 
@@ -280,7 +280,7 @@ def over_patients(statistic, columns, patients, n_boot=1000, seed=0) -> dict:
         ``n``, ``queries``; both ends NaN where a draw has no value.
     """
     rows = np.column_stack([np.asarray(c, float) for c in columns])
-    low, high = metrics.bootstrap_ci(
+    low, high = statistics.bootstrap_ci(
         rows, patients, n_boot, seed=seed, statistic=lambda drawn: statistic(*drawn.T)
     )
     n = int(pd.Series(np.asarray(patients)).nunique())

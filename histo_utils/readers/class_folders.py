@@ -10,10 +10,12 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from histo_utils import atomic
+from histo_utils import provenance
 
 NCT_CLASSES = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
+
 PATH24_CLASSES = tuple(f"s{i}" for i in range(24))
+
 # Folder names of the training and the test part. The first pair is what
 # `path24.convert_path24` writes, and what we ask to unpack Path24C into.
 PARTS = (
@@ -22,7 +24,9 @@ PARTS = (
     ("NCT-CRC-HE-100K", "CRC-VAL-HE-7K"),
     ("NCT-CRC-HE-100K-NONORM", "CRC-VAL-HE-7K"),
 )
+
 MPP = 0.5  # µm per pixel of Kimia Path24 and of both NCT-CRC sets (20×)
+
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 
 
@@ -143,7 +147,7 @@ def save_png(pixels, path):
     path = Path(path)
     if path.exists():
         return
-    with atomic.new_file(path) as part:
+    with provenance.new_file(path) as part:
         Image.fromarray(pixels).save(part, format="PNG")
 
 

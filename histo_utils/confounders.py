@@ -12,8 +12,8 @@ from scipy import stats
 from scipy.spatial.distance import cdist
 
 from histo_utils import patches, protocols
-from histo_utils.barcodes import minmax_barcode
 from histo_utils.embeddings import Embeddings
+from histo_utils.search import minmax_barcode
 
 
 def nearest(outcomes: pd.DataFrame) -> np.ndarray:
@@ -185,3 +185,129 @@ def nesting(table: pd.DataFrame, column: str) -> dict:
 def _same(table, name):
     values = table[name].to_numpy()
     return values[:, None] == values
+
+
+RULES = ("colour", "preparation", "related", "ambiguous")
+
+
+def causes(
+    outcomes, other, table, column="preparation", related=(), fold="fold", k=5
+) -> pd.DataFrame:
+    """Which rules fit each wrong hit of a search across patient folds.
+
+    ``colour``: the colour histogram's nearest is of the same slide as the wrong hit.
+    ``preparation``: query and wrong hit agree in a column, while the right label could
+    have been found with another value of it. ``related``: the two labels are named as
+    hard to tell apart. ``ambiguous``: of the k nearest, at least as many have the right
+    label as the wrong one. ``none``: no rule fits.
+
+    Parameters
+    ----------
+    outcomes, other : outcomes of `protocols.patient_folds`
+        Of the system, and of the histogram; the same queries.
+    table : pandas.DataFrame
+        The patch table that neighbours are rows of.
+    column : str
+    related : iterable of collections of str
+        Labels that belong together.
+    fold : str
+    k : int
+
+    Returns
+    -------
+    DataFrame
+        One row a wrong hit: ``query``, ``patient``, the rules (bool), ``none``, and
+        ``chance_colour``, ``chance_preparation``, ``chance_related``: the share of all
+        wrong patches that the query might have found for which the rule holds.
+
+    Raises
+    ------
+    ValueError
+        Outcomes of other queries.
+    """
+    if not outcomes["query"].equals(other["query"]):
+        raise ValueError(
+            f"{len(outcomes)} and {len(other)} outcomes of different queries; expected "
+            "one search each of the same table"
+        )
+    label, slide, value, folds = (
+        table[name].to_numpy() for name in ("label", "slide", column, fold)
+    )
+    missed = outcomes[outcomes["label"] != outcomes["predicted"]]
+    q = missed["query"].to_numpy()
+    hit = np.stack(missed["neighbours"].to_list())[:, 0]
+    histogram = np.stack(other.loc[missed.index, "neighbours"].to_list())[:, 0]
+
+    may = folds[q][:, None] != folds
+    alike = label[q][:, None] == label
+    family = {name: i for i, names in enumerate(related) for name in names}
+    families = np.array([family.get(name, -1) for name in label])
+    elsewhere = (may & alike & (value[q][:, None] != value)).any(axis=1)
+    fits = {
+        "colour": slide[histogram][:, None] == slide,
+        "preparation": (value[q][:, None] == value) & elsewhere[:, None],
+        "related": (families[q][:, None] == families) & (families >= 0),
+    }
+    near = np.stack(missed["neighbour_labels"].to_list())[:, :k]
+    votes = [(near == x[:, None]).sum(axis=1) for x in (label[q], label[hit])]
+
+    found = pd.DataFrame({"query": q, "patient": missed["patient"].to_numpy()})
+    row, candidates = np.arange(len(q)), may & ~alike
+    for rule, holds in fits.items():
+        found[rule] = holds[row, hit]
+        found[f"chance_{rule}"] = (holds & candidates).sum(1) / candidates.sum(1)
+    found["ambiguous"] = votes[0] >= votes[1]
+    found["none"] = ~found[list(RULES)].any(axis=1)
+    return found
+
+
+def centred(embeddings: Embeddings, gallery, by: str | None = None) -> Embeddings:
+    """Subtract the gallery's mean vector, or that of each group (preparation).
+
+    The means are those of gallery rows alone; queries are moved by them too. What a
+    group's patches have in common is gone afterwards, be it the preparation or a class
+    that only occurs in it.
+
+    Parameters
+    ----------
+    embeddings : Embeddings
+        Of queries and gallery.
+    gallery : (n,) bool array
+        Rows that the means are taken of.
+    by : str, optional
+        Column with the group of each row; one mean for all if not given.
+
+    Raises
+    ------
+    ValueError
+        A mask of another length, without rows; a column that is not there; a group
+        without gallery rows.
+
+    Examples
+    --------
+    >>> table = pd.DataFrame({"preparation": ["FFPE", "FFPE", "frozen", "frozen"]})
+    >>> pairs = Embeddings(np.float32([[1, 0], [3, 0], [0, 5], [0, 6]]), table)
+    >>> centred(pairs, [True, True, True, False], "preparation").vectors.tolist()
+    [[-1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 1.0]]
+    """
+    table, gallery = embeddings.table, np.asarray(gallery)
+    if gallery.dtype != bool or gallery.shape != (len(table),) or not gallery.any():
+        raise ValueError(
+            f"the gallery mask is {gallery.dtype} of shape {gallery.shape}; expected "
+            f"({len(table)},) bool with a row or more"
+        )
+    if by is not None and by not in table:
+        raise ValueError(
+            f"the table has no column {by!r}; it has {', '.join(map(str, table))}"
+        )
+    group = np.zeros(len(table)) if by is None else table[by].to_numpy()
+    vectors = embeddings.vectors.astype(np.float64)
+    for value in pd.unique(group):
+        mine = group == value
+        if not (mine & gallery).any():
+            raise ValueError(
+                f"no gallery row has {by} {value!r}, but {int(mine.sum())} queries do: "
+                "leave them out, or centre by a column that the gallery knows"
+            )
+        vectors[mine] -= vectors[mine & gallery].mean(axis=0)
+    return Embeddings(vectors.astype(np.float32), table)

@@ -18,11 +18,13 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from histo_utils import atomic
-from histo_utils.layouts import save_png
+from histo_utils import provenance
+from histo_utils.readers.class_folders import save_png
 
 BRIGHT = 230  # grey level from which a pixel is ground (ours)
+
 HOMOGENEOUS = 0.99  # share of a patch that has one grey level (level: Kieffer 2017)
+
 NOTE = "path24.json"
 
 
@@ -159,7 +161,7 @@ def _claim(folder, made):
 
 
 def _write_json(values, path):
-    with atomic.new_file(path) as part:
+    with provenance.new_file(path) as part:
         part.write_text(json.dumps(values), "utf-8")
 
 

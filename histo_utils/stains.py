@@ -20,14 +20,18 @@ References
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
 from skimage.color import rgb2hed
 from skimage.filters import threshold_otsu
+
+from histo_utils import patches
 
 __all__ = [
     "NucleiFit",
@@ -38,19 +42,24 @@ __all__ = [
     "nuclei_threshold",
 ]
 
+
 # Natural-log density per 8-bit value, white = 255; black counts as 1 to stay finite.
 _DENSITY = -np.log(np.maximum(np.arange(256), 1) / 255).astype(np.float32)
+
 
 # Less density than this counts as clear glass, a smaller difference as no contrast.
 _FAINT = 0.15
 
+
 # Median of Macenko's vectors (2 % ends) over the 30 MoNuSeg training regions, for
 # images that show no two stains of their own.
 _USUAL_STAINS = np.array([[0.53, 0.74, 0.40], [0.21, 0.82, 0.53]])
-_USUAL_STAINS /= np.linalg.norm(_USUAL_STAINS, axis=1, keepdims=True)
+
 
 _MIN_PIXELS = 100  # too few to say where the ends of a distribution lie
+
 _MIN_ANGLE = 5.0  # degrees between stains; 9.5 was the least on training regions
+
 _MAX_SAMPLE = 2**17  # pixels that a fit looks at: more changes nothing but the time
 
 
@@ -346,3 +355,169 @@ def cellularity(
             stains = macenko_stains(image)
         fit = NucleiFit(stains, float(threshold), smooth)
     return float(nuclei_mask(image, mpp, fit, holes=holes).mean())
+
+
+_DENSITY_64 = -np.log(np.maximum(np.arange(256), 1) / 255)  # natural log, white = 0
+
+_MIN_SCALE = 0.05  # 99th percentile of a stain's amount below which it is not there
+
+_MIN_FITTED = 100
+
+_FIT_PIXELS = 2**17  # pixels a slide's fit looks at
+
+
+class StainFit(NamedTuple):
+    """Stains of one slide.
+
+    Attributes
+    ----------
+    stains : (2, 3) array
+        Unit density vectors, haematoxylin first.
+    scale : (2,) array
+        99th percentile of each stain's amount over tissue pixels.
+    degenerate : bool
+        Two stains could not be told apart, or one is not there.
+    """
+
+    stains: np.ndarray
+    scale: np.ndarray
+    degenerate: bool
+
+
+def fit_stains(images) -> StainFit:
+    """Fit stain vectors and amounts to images of **one slide** (Macenko et al. 2009).
+
+    Parameters
+    ----------
+    images : sequence of (h, w, 3) uint8 arrays
+        Only tissue takes part: pixels whose mean density is above 0.15.
+
+    Examples
+    --------
+    >>> fit_stains([np.full((32, 32, 3), 255, np.uint8)]).degenerate
+    True
+    """
+    total = sum(image.shape[0] * image.shape[1] for image in images)
+    step = max(1, math.ceil(math.sqrt(total / _FIT_PIXELS)))
+    pixels = np.concatenate([image[::step, ::step].reshape(-1, 3) for image in images])
+    pixels = pixels[_DENSITY_64[pixels].mean(axis=1) > _FAINT]
+    stains = macenko_stains(pixels)
+    # Where nothing can be fitted, macenko_stains gives its usual vectors back.
+    usual = macenko_stains(np.empty((0, 3), np.uint8))
+    if len(pixels) < _MIN_FITTED:
+        return StainFit(stains, np.ones(2), True)
+    amounts = _DENSITY_64[pixels] @ np.linalg.pinv(stains)
+    scale = np.percentile(amounts, 99, axis=0)
+    alone = np.array_equal(stains, usual) or bool((scale < _MIN_SCALE).any())
+    return StainFit(stains, scale, alone)
+
+
+@dataclass(frozen=True)
+class StainMatch:
+    """Give every slide the stains of a target, after Macenko et al. 2009.
+
+    Stain vectors and the scale of the amounts are fitted once a **slide**, not a tile:
+    fitted tile by tile, a tile without nuclei would be painted until it had some.
+    Slides whose fit is degenerate, and tiles without tissue, come back untouched;
+    `degenerate` and `untouched` tell.
+
+    Parameters
+    ----------
+    fits : mapping of slide name to StainFit
+    target : StainFit
+    """
+
+    fits: Mapping[str, StainFit]
+    target: StainFit
+    _maps: dict = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        if self.target.degenerate:
+            raise ValueError(
+                "the target's stains are degenerate (blank or singly stained); choose "
+                "a slide with both haematoxylin and eosin"
+            )
+        maps = {
+            slide: (np.linalg.pinv(fit.stains) * (self.target.scale / fit.scale))
+            @ self.target.stains
+            for slide, fit in self.fits.items()
+            if not fit.degenerate
+        }
+        object.__setattr__(self, "_maps", maps)
+
+    @classmethod
+    def fit(cls, table, target=None, n_patches=32):
+        """Fit every slide of a patch table.
+
+        Parameters
+        ----------
+        table : pandas.DataFrame
+            A patch table.
+        target : str or StainFit, optional
+            A slide of the table, or a fit of another; default: the median over the
+            table's slides. Take it from training slides.
+        n_patches : int
+            So many patches of a slide, evenly through its rows, are read.
+
+        Raises
+        ------
+        ValueError
+            An unknown target, or no slide with two stains.
+        """
+        fits = {}
+        for slide, rows in table.groupby("slide", sort=True):
+            every = np.linspace(0, len(rows) - 1, min(n_patches, len(rows)))
+            some = rows.iloc[np.unique(every.round().astype(int))].to_dict("records")
+            fits[slide] = fit_stains([patches.read_patch(row) for row in some])
+        if isinstance(target, str):
+            if target not in fits:
+                raise ValueError(
+                    f"target {target!r} is not a slide of the table; it has "
+                    f"{', '.join(list(fits)[:3])}, …"
+                )
+            target = fits[target]
+        return cls(fits, _median(fits) if target is None else target)
+
+    @property
+    def degenerate(self):
+        """Names of the slides that are left as they are."""
+        return tuple(slide for slide, fit in self.fits.items() if fit.degenerate)
+
+    @property
+    def identity(self):
+        """A name that differs where the result would; part of a cache's key."""
+        digest = hashlib.sha1()
+        for slide, fit in sorted(self.fits.items()):
+            digest.update(f"{slide} {fit.degenerate}".encode())
+            digest.update(np.concatenate([fit.stains.ravel(), fit.scale]).tobytes())
+        for part in self.target[:2]:
+            digest.update(np.asarray(part, float).tobytes())
+        return f"stain-matched-{digest.hexdigest()[:12]}"
+
+    def untouched(self, image, slide):
+        """Whether this tile would come back as it is."""
+        if slide not in self.fits:
+            raise ValueError(
+                f"slide {slide!r} was not fitted ({len(self.fits)} were); fit on a "
+                "table that holds it"
+            )
+        glass = not (_DENSITY_64[image].mean(axis=-1) > _FAINT).any()
+        return self.fits[slide].degenerate or glass
+
+    def __call__(self, image, slide):
+        """Return the tile in the target's stains, uint8 (h, w, 3)."""
+        if self.untouched(image, slide):
+            return image
+        density = _DENSITY_64[image] @ self._maps[slide]
+        return np.clip(np.rint(255 * np.exp(-density)), 0, 255).astype(np.uint8)
+
+
+def _median(fits):
+    good = [fit for fit in fits.values() if not fit.degenerate]
+    if not good:
+        raise ValueError(
+            f"none of {len(fits)} slides shows two stains; stain matching needs H&E"
+        )
+    stains = np.median([fit.stains for fit in good], axis=0)
+    stains /= np.linalg.norm(stains, axis=1, keepdims=True)
+    return StainFit(stains, np.median([fit.scale for fit in good], axis=0), False)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 BARCODE = re.compile(r"TCGA-(\w{2})-\w{4}")
+
 # Abbreviations of the Genomic Data Commons for the study names of its site table.
 STUDIES = {
     "Acute Myeloid Leukemia": "LAML",

@@ -18,12 +18,12 @@ from pathlib import Path
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from histo_utils import atomic
-
 try:
     import resource
 except ImportError:  # Windows has no such module; peak memory is not reported there
     resource = None
+
+from histo_utils import provenance
 
 
 def run_batch(work, jobs, out, executor=None, progress=True):
@@ -143,7 +143,7 @@ def _one(work, job, out):
 def _write(job, out, line):
     line = {"name": job["name"], "resumed": False, **line}
     whole = {**line, "job": _fingerprint(job)}
-    with atomic.new_file(out / f"{job['name']}.json") as part:
+    with provenance.new_file(out / f"{job['name']}.json") as part:
         part.write_text(json.dumps(whole, indent=1, ensure_ascii=False), "utf-8")
     return line
 

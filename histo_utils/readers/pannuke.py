@@ -8,9 +8,14 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from histo_utils.layouts import class_folders, read_class_folders, save_png
+from histo_utils.readers.class_folders import (
+    class_folders,
+    read_class_folders,
+    save_png,
+)
 
 FOLDS = (1, 2, 3)
+
 MPP = 0.25  # µm per pixel (40×)
 
 
@@ -67,8 +72,8 @@ def read_pannuke(folder):
     Returns
     -------
     pandas.DataFrame or None
-        The columns of `layouts.read_class_folders`, with ``fold`` (1 to 3) and ``mpp``,
-        ``slide_mpp`` 0.25; patient ids are not published, so ``patient`` is the patch.
+        The columns of `class_folders.read_class_folders`, with ``fold`` (1 to 3),
+        ``mpp`` and ``slide_mpp`` 0.25; patient ids are not published, so ``patient`` is the patch.
         None if nothing is converted.
     """
     found = [k for k in FOLDS if (Path(folder) / f"fold{k}").is_dir()]
