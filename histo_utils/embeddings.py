@@ -1,8 +1,4 @@
-"""Embeddings: vectors and the patch table they belong to, kept together.
-
-A vector without its patch says nothing about who may be found by whom, so both
-travel as one checked object and are saved as one folder.
-"""
+"""Embeddings: vectors and their patch table, as one checked object and one folder."""
 
 from __future__ import annotations
 
@@ -15,7 +11,8 @@ import pandas as pd
 from histo_utils import provenance
 
 VECTORS, TABLE = "vectors.npy", "patches.parquet"
-_ROWS = 65_536  # rows looked at together, so that a check needs no second copy
+_ROWS = 65_536  # rows checked together, so that a check needs no second copy
+_SEEDS = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +21,8 @@ class Embeddings:
 
     Parameters
     ----------
-    vectors : (n, d) array of floats
-        One vector a patch. Kept as float32; other float types are converted.
+    vectors : (n, d) array or tensor of floats
+        One vector per patch, kept as float32.
     table : DataFrame with n rows
         The patch table (``label``, ``slide``, ``patient``, …). Its index is
         replaced by 0 … n-1, the ids that a search returns.
@@ -35,8 +32,7 @@ class Embeddings:
     TypeError
         Vectors that are not floats, or a table that is not a DataFrame.
     ValueError
-        Vectors that are not (n, d), another number of rows than the table's,
-        or NaN or infinity in a vector (the first such row is named).
+        Vectors that are not (n, d), another number of rows than the table's, NaN.
 
     Examples
     --------
@@ -58,14 +54,10 @@ class Embeddings:
             )
         if not np.issubdtype(vectors.dtype, np.floating):
             raise TypeError(
-                f"vectors are {vectors.dtype}; expected float32: convert them "
-                "with vectors.astype('float32')"
+                f"vectors are {vectors.dtype}; expected float32: use vectors.astype"
             )
         if vectors.ndim != 2 or vectors.shape[1] == 0:
-            raise ValueError(
-                f"vectors have shape {vectors.shape}; expected (n, d), one row per "
-                "patch: reshape them first"
-            )
+            raise ValueError(f"vectors have shape {vectors.shape}; expected (n, d)")
         if len(vectors) != len(self.table):
             raise ValueError(
                 f"{len(vectors)} vectors but {len(self.table)} rows in the table; "
@@ -73,7 +65,15 @@ class Embeddings:
             )
         with np.errstate(over="ignore"):  # what overflows is named just below
             vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-        _check_finite(vectors)
+        for start in range(0, len(vectors), _ROWS):
+            bad = ~np.isfinite(vectors[start : start + _ROWS]).all(axis=1)
+            if bad.any():
+                row = start + int(bad.argmax())
+                what = "NaN" if np.isnan(vectors[row]).any() else "an infinite value"
+                raise ValueError(
+                    f"row {row} of the vectors holds {what}; expected finite numbers: "
+                    "look at this patch and at the encoder that made it"
+                )
         object.__setattr__(self, "vectors", vectors)
         object.__setattr__(self, "table", self.table.reset_index(drop=True))
 
@@ -86,33 +86,19 @@ class Embeddings:
         return self.vectors.shape[1]
 
     def take(self, rows) -> Embeddings:
-        """Keep some rows, in the order given.
-
-        Parameters
-        ----------
-        rows : array of int or of bool
-            Row numbers 0 … n-1, or a mask of length n.
-
-        Raises
-        ------
-        IndexError
-            A row number outside 0 … n-1, or a mask of another length.
-        """
+        """Keep some rows in the order given: numbers 0 … n-1, or a mask of length n."""
         rows = np.asarray(rows)
         if rows.size == 0 and rows.dtype != bool:
             rows = rows.astype(np.int64)  # an empty list arrives as floats
-        if rows.dtype == bool:
-            if rows.shape != (len(self),):
-                raise IndexError(
-                    f"the mask has shape {rows.shape}; expected ({len(self)},), one "
-                    "value per patch"
-                )
-            rows = np.flatnonzero(rows)
-        if rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer):
+        mask = rows.dtype == bool
+        if rows.ndim != 1 or not (mask or np.issubdtype(rows.dtype, np.integer)) or (
+            mask and len(rows) != len(self)
+        ):  # fmt: skip
             raise IndexError(
                 f"rows are {rows.dtype} of shape {rows.shape}; expected a list of row "
                 f"numbers or a mask of length {len(self)}"
             )
+        rows = np.flatnonzero(rows) if mask else rows
         outside = rows[(rows < 0) | (rows >= len(self))]
         if outside.size:
             raise IndexError(
@@ -122,16 +108,9 @@ class Embeddings:
         return Embeddings(self.vectors[rows], self.table.iloc[rows])
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``vectors.npy`` and ``patches.parquet`` into a folder, whole or not.
+        """Write ``vectors.npy`` and ``patches.parquet`` into a folder, atomically.
 
-        Both files are written into a hidden neighbour, which is renamed when it is
-        complete: whoever is killed on the way leaves the old folder or none, never
-        new vectors beside an old table.
-
-        Raises
-        ------
-        FileExistsError
-            The folder exists and holds something else than saved embeddings.
+        FileExistsError where the folder holds something else than saved embeddings.
         """
         with provenance.new_folder(
             folder, {VECTORS, TABLE}, "saved embeddings"
@@ -142,20 +121,12 @@ class Embeddings:
 
     @classmethod
     def load(cls, folder: str | Path) -> Embeddings:
-        """Read what :meth:`save` wrote; see :func:`load_embeddings`."""
+        """Read what `save` wrote; see `load_embeddings`."""
         return load_embeddings(folder)
 
 
 def load_embeddings(folder: str | Path) -> Embeddings:
-    """Read saved embeddings and check them again.
-
-    Raises
-    ------
-    FileNotFoundError
-        A file is missing (the folder is named, and what to do).
-    ValueError
-        A file is damaged, or the two do not belong together.
-    """
+    """Read and check saved embeddings; errors for missing, damaged and odd files."""
     folder = Path(folder)
     missing = [name for name in (VECTORS, TABLE) if not (folder / name).is_file()]
     if missing:
@@ -168,10 +139,29 @@ def load_embeddings(folder: str | Path) -> Embeddings:
         table = pd.read_parquet(folder / TABLE)
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(
-            f"{folder} holds damaged embeddings ({error}); remove the folder and embed "
-            "the patches again"
+            f"{folder} holds damaged embeddings ({error}); embed the patches again"
         ) from error
     return Embeddings(vectors, table)
+
+
+def save_runs(runs: list[list[Embeddings]], folder: str | Path) -> None:
+    """Save the vectors of every seed (outer list) on every split, atomically."""
+    names = {str(seed) for seed in range(_SEEDS)}
+    with provenance.new_folder(folder, names, "vectors of runs") as fresh:
+        for seed, parts in enumerate(runs):
+            for number, one in enumerate(parts):
+                one.save(fresh / str(seed) / str(number))
+
+
+def load_runs(folder: str | Path, table: pd.DataFrame) -> list[list[Embeddings]]:
+    """Load what `save_runs` saved; empty if nothing, or other patches or folds."""
+    columns = ["image", "x", "y", "size", "mpp", "patient", "label", "fold"]
+    wanted, runs = table[columns].reset_index(drop=True), []
+    while (place := Path(folder) / str(len(runs))).is_dir():
+        n = sum(1 for _ in place.iterdir())
+        runs.append([load_embeddings(place / str(i)) for i in range(n)])
+    tables = [one.table.reindex(columns=columns) for parts in runs for one in parts]
+    return runs if all(found.equals(wanted) for found in tables) else []
 
 
 def standardise(
@@ -179,13 +169,9 @@ def standardise(
 ) -> Embeddings | tuple[Embeddings, Embeddings]:
     """Scale every dimension to mean 0 and standard deviation 1 **of the gallery**.
 
-    Image statistics (:mod:`histo_utils.baselines`) are compared by Euclidean
-    distance after this step. Queries are scaled with the gallery's numbers, never
-    with their own; a dimension that is constant in the gallery is only centred.
-
-    Returns
-    -------
-    Embeddings, or (gallery, queries) where queries are given
+    Queries are scaled with the gallery's numbers, never with their own; a dimension
+    that is constant in the gallery is only centred. Returns (gallery, queries) where
+    queries are given.
 
     Examples
     --------
@@ -200,25 +186,13 @@ def standardise(
             f"queries have {queries.dim} dimensions, the gallery {gallery.dim}; both "
             "must come from the same encoder"
         )
-    mean = gallery.vectors.mean(axis=0, dtype=np.float64)
-    deviation = gallery.vectors.std(axis=0, dtype=np.float64)
-    constant = gallery.vectors.max(axis=0) == gallery.vectors.min(axis=0)
-    deviation[constant] = 1.0
-    scaled = [
+    mean, deviation = (
+        f(gallery.vectors, axis=0, dtype=float) for f in (np.mean, np.std)
+    )
+    deviation[np.ptp(gallery.vectors, axis=0) == 0] = 1.0
+    scaled = tuple(
         Embeddings((part.vectors - mean) / deviation, part.table)
         for part in (gallery, queries)
         if part is not None
-    ]
-    return scaled[0] if queries is None else (scaled[0], scaled[1])
-
-
-def _check_finite(vectors: np.ndarray) -> None:
-    for start in range(0, len(vectors), _ROWS):
-        bad = ~np.isfinite(vectors[start : start + _ROWS]).all(axis=1)
-        if bad.any():
-            row = start + int(bad.argmax())
-            what = "NaN" if np.isnan(vectors[row]).any() else "an infinite value"
-            raise ValueError(
-                f"row {row} of the vectors holds {what}; expected finite numbers: look "
-                "at this patch and at the encoder that made it"
-            )
+    )
+    return scaled[0] if queries is None else scaled

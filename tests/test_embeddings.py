@@ -5,7 +5,13 @@ import pandas as pd
 import pytest
 
 from histo_utils import embeddings as module
-from histo_utils.embeddings import Embeddings, load_embeddings, standardise
+from histo_utils.embeddings import (
+    Embeddings,
+    load_embeddings,
+    load_runs,
+    save_runs,
+    standardise,
+)
 
 
 def some(n=6, d=3, seed=0):
@@ -63,7 +69,7 @@ def test_take_by_rows_and_by_mask():
     [
         ([0, 6], "row 6 is outside 0 … 5"),
         ([-1], "row -1 is outside"),
-        ([True, False], r"mask has shape \(2,\); expected \(6,\)"),
+        ([True, False], r"rows are bool of shape \(2,\); .* mask of length 6"),
         ([0.5], "expected a list of row numbers"),
     ],
 )
@@ -179,3 +185,29 @@ def test_standardise_keeps_constant_dimensions_finite():
         standardise(flat, some())
     with pytest.raises(ValueError, match="gallery is empty"):
         standardise(some().take([]))
+
+
+def test_runs_are_saved_and_loaded_for_the_same_patches_and_folds(
+    tmp_path, bench_archive
+):
+    rng, table = np.random.default_rng(0), bench_archive.table
+
+    def runs(seeds):
+        return [
+            [Embeddings(rng.normal(size=(len(table), 4)), table) for _ in range(3)]
+            for _ in range(seeds)
+        ]
+
+    place, made = tmp_path / "vectors", runs(2)
+    save_runs(runs(3), place)
+    save_runs(made, place)  # the third seed of before is gone
+    back = load_runs(place, table)
+    assert [len(parts) for parts in back] == [3, 3]
+    for seed, split in np.ndindex(2, 3):
+        np.testing.assert_array_equal(
+            back[seed][split].vectors, made[seed][split].vectors
+        )
+    moved = table.assign(x=table["x"] + 1), table.assign(fold=(table["fold"] + 1) % 4)
+    for other in (table.iloc[1:], *moved):
+        assert load_runs(place, other) == []
+    assert load_runs(tmp_path / "none", table) == []
