@@ -1,43 +1,243 @@
-"""Protocols: who searches among whom. Embeddings in, outcomes out.
+"""Protocols: the splits of a task, and which gallery a query searches.
 
-Outcomes are a DataFrame with one row a query, and every metric takes them:
+Embeddings in, *outcomes* out: a DataFrame with one row per query that every metric and
+table takes.
 
 ======================  =======================================================
 ``query``               row of the query in its Embeddings (a slide's place in
                         `slide_search`)
 ``label``               its label
-``predicted``           label of the nearest neighbour; the vote of the k nearest
-                        in `slide_search`; the classifier's answer in `linear_probe`
+``predicted``           label of the nearest neighbour; the majority vote of the k
+                        nearest in `slide_search`; the class in `linear_probe`
 ``patient``, ``slide``  of the query (None where the table does not know)
 ``neighbours``          (k,) gallery rows, nearest first; None for classifiers
 ``neighbour_labels``    their labels; None for classifiers
 ``distances``           their distances; None for classifiers
-``relevant``            how many gallery items that the query may find share its
-                        label (the R of MAP@R); None for classifiers
+``relevant``            gallery items of the query's label that it may find (the R of
+                        MAP@R); None for classifiers
 ======================  =======================================================
+
+With ``system``, ``protocol`` and ``seed`` added, outcomes of several runs stand in one
+table (`statistics.score_table`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from histo_utils.embeddings import standardise
+from histo_utils.embeddings import Embeddings, standardise
 from histo_utils.search import Archive, Exclusion, bag_distances, minmax_barcode
 
 C_VALUES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+TASKS = ("scan", "organ")
+
+
+class Split(NamedTuple):
+    """Which rows of a patch table train, validate, are searched and are queried.
+
+    Attributes
+    ----------
+    task : {"scan", "organ"}
+    train, validation, gallery, test : (n,) bool arrays
+        To fit weights; to choose epochs and constants; what test patches search; what
+        is scored once.
+    """
+
+    task: str
+    train: np.ndarray
+    validation: np.ndarray
+    gallery: np.ndarray
+    test: np.ndarray
+
+    def take(self, rows) -> Split:
+        """Return the split of some rows of the table."""
+        return Split(self.task, *(mask[rows] for mask in self[1:]))
+
+    def sizes(self) -> dict:
+        """Count the patches of each part."""
+        parts = zip(self._fields[1:], self[1:], strict=True)
+        return {name: int(mask.sum()) for name, mask in parts}
+
+
+def splits(table: pd.DataFrame, task: str) -> list[Split]:
+    """All splits of a task of the bench.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        Patches with ``slide``, ``x``, ``y``; with ``fold`` (of patients) for organs.
+    task : {"scan", "organ"}
+        *scan*: the upper half of every scan trains and is the gallery, the lower left
+        quarter validates, the lower right is the test; one split. *organ*: each fold of
+        patients is the test once, against all others as gallery; of these, the next
+        fold validates and the rest train.
+
+    Raises
+    ------
+    ValueError
+        An unknown task; fewer than three folds, or a patient in two.
+    """
+    if task == "scan":
+        where = quarters(table)
+        parts = ("upper", "lower left", "upper", "lower right")
+        return [Split(task, *(where == part for part in parts))]
+    if task != "organ":
+        raise ValueError(f"unknown task {task!r}; valid are {', '.join(TASKS)}")
+    folds = np.unique(table["fold"])
+    shared = table.groupby("patient")["fold"].nunique().gt(1)
+    if len(folds) < 3 or shared.any():
+        raise ValueError(
+            f"{len(folds)} folds, {int(shared.sum())} patients in more than one; "
+            "expected three or more folds of whole patients: patches.assign_folds"
+        )
+    fold, found = table["fold"].to_numpy(), []
+    for own, following in zip(folds, np.roll(folds, -1), strict=True):
+        test, validation = fold == own, fold == following
+        found.append(Split(task, ~test & ~validation, validation, ~test, test))
+    return found
+
+
+def published_split(table, validation=0.1, stratify=True, seed=0, task="scan") -> Split:
+    """Take a published split; a share of its training patches validates.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        With ``split``: ``train`` or ``test``.
+    validation : float
+        Share of the training patches, at random.
+    stratify : bool
+        The same share of each label; Yang et al. (2019) draw over all files.
+    seed : int
+    task : {"scan", "organ"}
+        What `classes` are.
+    """
+    train = np.flatnonzero(table["split"].eq("train"))
+    if not len(train) or not table["split"].isin(["train", "test"]).all():
+        raise ValueError(
+            f"split holds {', '.join(map(str, pd.unique(table['split'])))}; expected "
+            "train and test: use a data set with a published split"
+        )
+    labels = table["label"].to_numpy()[train] if stratify else None
+    _, held = train_test_split(
+        train, test_size=validation, stratify=labels, random_state=seed
+    )
+    held = np.isin(np.arange(len(table)), held)
+    train = table["split"].eq("train").to_numpy()
+    return Split(task, train & ~held, held, train, ~train)
+
+
+def quarters(table: pd.DataFrame) -> np.ndarray:
+    """Return each patch's part of its slide: "upper", "lower left", "lower right"."""
+    places = table.groupby("slide")[["x", "y"]]
+    middle = (places.transform("min") + places.transform("max")) / 2
+    right, lower = (table[axis] > middle[axis] for axis in ("x", "y"))
+    return np.where(lower, np.where(right, "lower right", "lower left"), "upper")
+
+
+def classes(table: pd.DataFrame, task: str) -> pd.Series:
+    """Return the class of every patch under a task: its slide, or its label."""
+    return table["slide"] if task == "scan" else table["label"]
+
+
+def as_scans(embeddings: Embeddings) -> Embeddings:
+    """Let the slide be the label."""
+    table = embeddings.table
+    return Embeddings(embeddings.vectors, table.assign(label=table["slide"]))
+
+
+def evaluate(
+    embeddings, splits, part="test", exclude=None, k=1, **archive
+) -> pd.DataFrame:
+    """Outcomes of the test (or validation) patches of some splits of one table.
+
+    Parameters
+    ----------
+    embeddings : Embeddings, or list of Embeddings
+        Of the whole table that was split; a list has those of one network per split.
+    splits : Split, or list of Split
+        Of one task.
+    part : {"test", "validation"}
+        Test patches search the gallery, validation patches the training patches.
+    exclude : {"touching"}, optional
+        Gallery patches that touch the query may not be found.
+    k : int
+        Neighbours kept.
+    **archive
+        ``standardised``, and options of `search.Archive`; default: cosine.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Outcomes in the order of the table; ``query`` and ``neighbours`` are its rows.
+    """
+    splits = [splits] if isinstance(splits, Split) else splits
+    several = embeddings if isinstance(embeddings, list) else [embeddings] * len(splits)
+    parts = []
+    for made, split in zip(several, splits, strict=True):
+        queries, gallery = split.test, split.gallery
+        if part == "validation":
+            queries, gallery = split.validation, split.train
+        scans = split.task == "scan"
+        made = as_scans(made) if scans else made
+        found = train_gallery(
+            made.take(queries), made.take(gallery), k, exclude,
+            allow_shared_patients=scans, **archive,
+        )  # fmt: skip
+        parts.append(_renumbered(found, queries, gallery))
+    return pd.concat(parts).sort_values("query", ignore_index=True)
+
+
+def bench(embeddings: Embeddings, k: int = 1, **archive) -> pd.DataFrame:
+    """Outcomes under every protocol of the bench, in one table.
+
+    Parameters
+    ----------
+    embeddings : Embeddings
+        With ``slide``, ``patient``, ``label``, ``fold`` and places.
+    k : int
+        Neighbours kept.
+    **archive
+        ``standardised``, and options of `search.Archive`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Outcomes with ``protocol``: ``scan_leave_one_out``, ``scan_not_touching``;
+        ``scan_validation`` (lower left quarter against the upper half), ``scan_split``
+        (lower right quarter against the upper half), ``scan_split_not_touching``;
+        ``organ`` (label, each patient fold against the others).
+    """
+    scans, (split,) = as_scans(embeddings), splits(embeddings.table, "scan")
+    how = {"k": k, **archive}
+    found = {
+        "scan_leave_one_out": leave_one_out(scans, **how),
+        "scan_not_touching": leave_one_out(scans, exclude="touching", **how),
+        "scan_validation": evaluate(embeddings, split, "validation", **how),
+        "scan_split": evaluate(embeddings, split, **how),
+        "scan_split_not_touching": evaluate(
+            embeddings, split, exclude="touching", **how
+        ),
+        "organ": patient_folds(embeddings, **how),
+    }
+    return pd.concat(
+        [outcomes.assign(protocol=name) for name, outcomes in found.items()],
+        ignore_index=True,
+    )
 
 
 def leave_one_out(
     embeddings, k=10, exclude="self", standardised=False, **archive
 ) -> pd.DataFrame:
-    """Let every patch search among the others.
+    """Search every patch among the others.
 
     Parameters
     ----------
@@ -68,10 +268,7 @@ def leave_one_out(
 
 
 def leave_one_patient_out(embeddings, k=10, standardised=False, **archive):
-    """Let every patch search among the patches of the other patients.
-
-    Parameters and errors are those of `leave_one_out`.
-    """
+    """Search every patch among the other patients' patches; as `leave_one_out`."""
     return leave_one_out(embeddings, k, "patient", standardised, **archive)
 
 
@@ -79,7 +276,7 @@ def train_gallery(
     queries, gallery, k=10, exclude=None, allow_shared_patients=False,
     standardised=False, **archive,
 ) -> pd.DataFrame:  # fmt: skip
-    """Let test patches search in the training patches.
+    """Search test patches in a gallery of training patches.
 
     Parameters
     ----------
@@ -108,13 +305,11 @@ def train_gallery(
 def patient_folds(
     embeddings, k=10, fold="fold", standardised=False, **archive
 ) -> pd.DataFrame:
-    """Let each fold search in the other folds; one outcome a patch, over all folds.
+    """Search each fold of patients in the other folds.
 
-    Parameters are those of `leave_one_out`; ``fold`` names the column. Ids are rows of
-    ``embeddings``. The scale, where asked for, is that of each fold's gallery.
-
-    A system that is trained anew for each fold, on the others, gives a list of
-    Embeddings of one table: one a fold, in the order of the folds' values.
+    Parameters are those of `leave_one_out`; ``fold`` names the column. A system trained
+    anew for each fold gives a list of Embeddings, one per fold, in the order of the
+    folds' values. The scale, where asked for, is that of each fold's gallery.
 
     Raises
     ------
@@ -132,28 +327,17 @@ def patient_folds(
             f"values of {fold!r} ({int((several > 1).sum())} such patients); every "
             "patient belongs to one: assign folds by patient"
         )
-    if table[fold].nunique() < 2 or table[fold].isna().any():
-        raise ValueError(
-            f"column {fold!r} has {table[fold].nunique()} values and "
-            f"{int(table[fold].isna().sum())} gaps; expected two folds or more, no gap"
-        )
-    parts, values = [], sorted(table[fold].unique())
+    values = sorted(table[fold].unique())
     each = each or [embeddings] * len(values)
-    if len(each) != len(values):
+    if len(values) < 2 or len(each) != len(values):
         raise ValueError(
-            f"{len(each)} Embeddings for {len(values)} folds; expected one for each "
-            "fold, of all patches"
+            f"column {fold!r} has {len(values)} folds, for {len(each)} Embeddings; "
+            "expected two folds or more, and one Embeddings for each or for all"
         )
-    for value, made in zip(values, each, strict=True):
-        inside = (table[fold] == value).to_numpy()
-        rows, others = np.flatnonzero(inside), np.flatnonzero(~inside)
-        part = train_gallery(
-            made.take(rows), made.take(others), k, standardised=standardised, **archive
-        )
-        part["query"] = rows
-        part["neighbours"] = list(others[np.stack(part["neighbours"])])
-        parts.append(part)
-    return pd.concat(parts).sort_values("query", ignore_index=True)
+    where = table[fold].to_numpy()
+    masks = [(where == value, where != value) for value in values]
+    parts = [Split("organ", others, own, others, own) for own, others in masks]
+    return evaluate(each, parts, k=k, standardised=standardised, **archive)
 
 
 def linear_probe(
@@ -162,18 +346,17 @@ def linear_probe(
 ) -> pd.DataFrame:  # fmt: skip
     """Classify test patches by a linear SVM on standardised training vectors.
 
-    The constant C is chosen by cross-validation inside ``train`` only, groups kept
-    whole; the smallest of equally good ones. Scale and SVM are then fitted on all of
-    ``train``. The choice stands in ``outcomes.attrs["c"]``.
+    C is chosen by cross-validation inside ``train``, groups kept whole (the smallest of
+    equally good ones); scale and SVM are then fitted on all of ``train``. The choice
+    stands in ``outcomes.attrs["c"]``.
 
     Parameters
     ----------
     train, test : Embeddings
     c_values : sequence of float
     groups : str or (n,) array
-        What may not be divided in the inner validation: a column of the training
-        table, or one value a row. Where the class is the scan, patients cannot be held
-        out; give places instead (rows or quarters of the scan).
+        What inner folds may not divide: a column of the training table, or one value
+        per row. Where the class is the scan, give places (rows or quarters) instead.
     allow_shared_patients : bool
         As in `train_gallery`.
     n_splits : int
@@ -189,18 +372,19 @@ def linear_probe(
     """
     if not allow_shared_patients:
         _check_disjoint(test.table, train.table)
-    _check_columns(train.table, ["label"] + ([groups] if _is_name(groups) else []))
+    named = isinstance(groups, str)
+    _check_columns(train.table, ["label", groups] if named else ["label"])
     _check_columns(test.table, ["label"])
     y = train.table["label"].to_numpy()
-    group = train.table[groups].to_numpy() if _is_name(groups) else np.asarray(groups)
+    group = train.table[groups].to_numpy() if named else np.asarray(groups)
     c_values = sorted(c_values)
     if len(group) != len(y) or not c_values:
         raise ValueError(
             f"{len(group)} groups for {len(y)} training patches and {len(c_values)} "
-            "values of C; expected one group a patch and at least one C"
+            "values of C; expected one group per patch and at least one C"
         )
     spread = pd.Series(group).groupby(y).nunique()
-    if len(spread) < 2 or len(np.unique(group)) < 2 or spread.max() < 2:
+    if len(spread) < 2 or spread.max() < 2:
         raise ValueError(
             f"{len(spread)} classes in {len(np.unique(group))} groups, the widest "
             f"class in {spread.max()}; choosing C needs two classes, and classes that "
@@ -217,7 +401,7 @@ def linear_probe(
     right = np.zeros(len(c_values))
     for fit, held in folds.split(train.vectors, y, group):
         if len(np.unique(y[fit])) < 2 or len(held) == 0:
-            continue  # nothing to learn from one class, or to ask of no patch
+            continue  # nothing to learn from one class, nothing to validate on
         for i, c in enumerate(c_values if len(c_values) > 1 else ()):
             machine = _svm(c, seed).fit(train.vectors[fit], y[fit])
             right[i] += (machine.predict(train.vectors[held]) == y[held]).sum()
@@ -243,7 +427,7 @@ def slide_bags(embeddings, barcode=False):
     bags : list of (n_i, d) arrays
         Slides in the order in which they are met.
     table : DataFrame
-        One row a slide: ``slide``, ``label``, ``patient``.
+        One row per slide: ``slide``, ``label``, ``patient``.
 
     Raises
     ------
@@ -269,7 +453,7 @@ def slide_bags(embeddings, barcode=False):
 def slide_search(
     bags, table, k=3, exclude="patient", metric=None, reduce="median", shortlist=None
 ) -> pd.DataFrame:
-    """Let every slide search among the others by the distances of their patches.
+    """Search every slide among the others by the distances of their patches.
 
     ``predicted`` is the majority of the k nearest slides; of equally frequent labels
     the one met first in distance order (Yottixel's rule). Equal distances: the slide
@@ -278,10 +462,10 @@ def slide_search(
     Parameters
     ----------
     bags : list of (n_i, d) arrays
-        Bits or float features of each slide's patches (`slide_bags`). One vector a
+        Bits or float features of each slide's patches (`slide_bags`); one vector per
         slide, a mean say, is a bag of one.
     table : DataFrame
-        One row a slide: ``slide``, ``label``; ``patient`` to exclude by patient.
+        One row per slide: ``slide``, ``label``; ``patient`` to exclude by patient.
     k : int
     exclude : {"slide", "patient"}
         Yottixel leaves out the query slide only; a patient's other slides are no
@@ -289,8 +473,8 @@ def slide_search(
     metric, reduce : see `search.bag_distances`
         By default the median of the minimum distances.
     shortlist : outcomes, optional
-        Of an earlier search of the same slides, by barcodes say: each query then
-        compares itself with the neighbours found there, and ranks them anew.
+        Of an earlier search of the same slides, by barcodes say: each query is compared
+        with the neighbours found there alone.
 
     Raises
     ------
@@ -301,7 +485,7 @@ def slide_search(
     if exclude not in ("slide", "patient") or len(bags) != len(table):
         raise ValueError(
             f"exclude={exclude!r} for {len(bags)} slides and a table of {len(table)}; "
-            "expected 'slide' or 'patient', and one row a slide"
+            "expected 'slide' or 'patient', and one row per slide"
         )
     table = table.reset_index(drop=True)
     banned = Exclusion(table, table, exclude)
@@ -322,24 +506,21 @@ def slide_search(
 
 
 def vertical_search(bags, table, within, k=3, **how) -> pd.DataFrame:
-    """Let every slide search among the slides that share its value of a column.
+    """Search every slide among those that share its value of a column.
 
-    KimiaNet's vertical search: sub-types are told apart within a tumour's site. Each
-    value is a `slide_search` of its own; ids are rows of the whole ``table``.
+    KimiaNet's vertical search: sub-types are told apart within a tumour's site. Ids are
+    rows of the whole ``table``.
 
     Parameters
     ----------
-    bags, table, k : see `slide_search`
+    bags, table, k, **how : see `slide_search`
     within : str
         Column that query and found slide share, without gaps.
-    **how
-        ``exclude``, ``metric`` and ``reduce`` of `slide_search`.
 
     Raises
     ------
     ValueError
-        As `slide_search`, the value of the column named: a label that is alone in it,
-        say.
+        As `slide_search`, the value of the column named.
     """
     _check_columns(table, [within])
     parts = []
@@ -348,9 +529,8 @@ def vertical_search(bags, table, within, k=3, **how) -> pd.DataFrame:
             part = slide_search([bags[i] for i in rows], table.iloc[rows], k, **how)
         except ValueError as error:
             raise ValueError(f"within {within} {str(value)!r}: {error}") from error
-        part["query"] = rows
-        part["neighbours"] = list(rows[np.stack(part["neighbours"])])
-        parts.append(part)
+        mask = np.isin(np.arange(len(table)), rows)
+        parts.append(_renumbered(part, mask, mask))
     return pd.concat(parts).sort_values("query", ignore_index=True)
 
 
@@ -373,6 +553,13 @@ def _listed(shortlist, n, k, forbidden, exclude):
             "with the same exclude"
         )
     return listed
+
+
+def _renumbered(outcomes, queries, gallery):
+    """Let queries and neighbours be rows of the table that both were taken from."""
+    rows = np.flatnonzero(gallery)
+    near = [rows[ids] for ids in outcomes["neighbours"]]
+    return outcomes.assign(query=np.flatnonzero(queries), neighbours=near)
 
 
 def _retrieve(queries, gallery, k, exclude, archive):
@@ -443,10 +630,6 @@ def _check_columns(table, names, otherwise=""):
 
 def _first(values):
     return repr(min(map(str, values)))
-
-
-def _is_name(groups):
-    return isinstance(groups, str)
 
 
 def _svm(c, seed):

@@ -21,7 +21,13 @@ published
     `load_published`: the authors' KimiaNet and LGFFEM
 """
 
-from histo_utils.encoders.embedding import PIXEL_COLUMNS, cache_key, embed, identity
+from histo_utils.encoders.embedding import (
+    PIXEL_COLUMNS,
+    cache_key,
+    embed,
+    identity,
+    inputs,
+)
 from histo_utils.encoders.encoder import Card, Encoder
 from histo_utils.encoders.pretrained import frozen, fused, projected
 from histo_utils.encoders.published import load_published
@@ -43,6 +49,7 @@ __all__ = [
     "frozen",
     "fused",
     "identity",
+    "inputs",
     "load",
     "load_published",
     "projected",

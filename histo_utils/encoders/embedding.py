@@ -1,53 +1,60 @@
-"""Patches to vectors: one pass over a patch table, and its cache."""
+"""Patches to vectors: images of a patch table or cached maps, with a disk cache."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import time
 import warnings
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
-from tqdm import tqdm
 
 from histo_utils.embeddings import Embeddings, load_embeddings
-from histo_utils.loaders import colour, loader
+from histo_utils.encoders.encoder import Encoder
+from histo_utils.loaders import CachedMaps, PatchDataset, Turned, colour, outputs
 
 # What decides a patch's pixels: the part of a table that a cache depends on.
 PIXEL_COLUMNS = ("image", "x", "y", "size", "mpp", "slide_mpp", "slide")
 
 
 def embed(
-    encoder, table, transform=None, batch_size=32, device=None, progress=True, *,
-    workers=0, cache=None,
+    encoder, table, transform=None, batch_size=None, device=None, progress=True, *,
+    rows=None, workers=0, cache=None,
 ) -> Embeddings:  # fmt: skip
-    """Turn every patch of a table into a vector; the same whatever the batch size.
-
-    The network is in evaluation mode meanwhile. Time and throughput stand in
-    ``embeddings.table.attrs["embedding"]``.
+    """Turn every patch into a vector; the same whatever the batch size.
 
     Parameters
     ----------
-    encoder : Encoder
-    table : pandas.DataFrame
-        A patch table.
+    encoder : Encoder, or torch.nn.Module
+        A module with a data set: the part of a network that takes its items.
+    table : pandas.DataFrame, or loaders.PatchDataset or loaders.CachedMaps
+        A patch table, read as images; or a data set (`inputs`), for a module.
     transform : callable, optional
         ``transform(image, slide)``: `loaders.colour` (default), `loaders.grey`, a
         `stains.StainMatch`.
-    batch_size : int
-        On two CPU cores 16 was faster than 64.
+    batch_size : int, optional
+        Default 32 images, or 64 items of a data set. On two CPU cores 16 was faster
+        than 64.
     device : str, optional
-        Default: a GPU if there is one.
+        Where an encoder runs (default: a GPU if there is one); it is moved back
+        afterwards. A module runs where it is.
     progress : bool
         Show a bar.
+    rows : (n,) bool array, or array of int, optional
+        Of a data set: embed these alone.
     workers : int
         Processes that read patches.
     cache : path, optional
         A folder. Vectors are loaded from it if the same encoder (weights included),
         pixels and transform were embedded before, else made and saved there; labels
         and other columns are always those of ``table``.
+
+    Returns
+    -------
+    Embeddings
+        Of an encoder, with time and throughput in ``table.attrs["embedding"]``.
 
     Raises
     ------
@@ -61,42 +68,98 @@ def embed(
     UserWarning
         Patches more than 5 % off the µm per pixel that the encoder was trained at.
     """
-    transform = colour if transform is None else transform
+    if not isinstance(table, pd.DataFrame):
+        found = outputs(encoder, table, rows, batch_size or 64, workers=workers)
+        some = table.table if rows is None else table.table.iloc[_positions(rows)]
+        return Embeddings(_finite(found.numpy(), some, batch_size or 64), some)
+    transform, batch_size = transform or colour, batch_size or 32
     _check_scale(encoder, table)
-    batches = loader(
-        table, transform, encoder.preprocessing, batch_size=batch_size, workers=workers
-    )
-    place = None
-    if cache is not None:
-        place = Path(cache) / cache_key(encoder, table, transform)
-        known = _cached(place, table)
-        if known is not None:
-            return known
+    data = PatchDataset(table, transform, prepare=encoder.preprocessing)
+    place = cache and Path(cache) / cache_key(encoder, table, transform)
+    known = _cached(place, table) if place else None
+    if known is not None:
+        return known
+    home = next((p.device for p in encoder.network.parameters()), torch.device("cpu"))
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    network = encoder.network.to(device)
-    vectors = np.empty((len(table), encoder.dimension), np.float32)
-    start = time.perf_counter()
-    bar = tqdm(
-        total=len(table), desc=encoder.name, unit="patch", ascii=True,
-        disable=not progress,
-    )  # fmt: skip
-    with bar, torch.inference_mode(), _evaluating(network), _full_precision(device):
-        for images, positions in batches:
-            found = network(images.to(device)).float().cpu().numpy()
-            vectors[positions.numpy()] = _checked(found, positions, encoder, table)
-            bar.update(len(positions))
+    start, how = time.perf_counter(), {"workers": workers}
+    how["progress"] = encoder.name if progress else None
+    try:
+        found = outputs(encoder.network.to(device), data, None, batch_size, **how)
+    finally:
+        encoder.network.to(home)
+    if found.ndim != 2 or found.shape[1] != encoder.dimension:
+        raise ValueError(
+            f"{encoder.name} gave vectors of shape {tuple(found.shape)}; its dimension "
+            f"is said to be {encoder.dimension}: correct the encoder"
+        )
     seconds = time.perf_counter() - start
-    made = Embeddings(vectors, table)
+    made = Embeddings(_finite(found.numpy(), table, batch_size, encoder.name), table)
     made.table.attrs = {**table.attrs, "embedding": {
         "encoder": encoder.name, "weights": encoder.card.weights,
         "transform": identity(transform), "device": str(device),
         "batch_size": batch_size, "seconds": round(seconds, 3),
         "patches_per_second": round(len(table) / seconds, 2),
     }}  # fmt: skip
-    if place is not None:
+    if place:
         columns = [c for c in PIXEL_COLUMNS if c in made.table]
-        Embeddings(vectors, made.table[columns]).save(place)
+        Embeddings(made.vectors, made.table[columns]).save(place)
     return made
+
+
+def inputs(
+    encoder, table, front=None, turns=(0,), transform=colour, augment=None, *,
+    batch_size=16, cache=None, progress=False,
+) -> PatchDataset | CachedMaps:  # fmt: skip
+    """Make the data set that the trained part of an encoder takes.
+
+    Parameters
+    ----------
+    encoder : Encoder
+        Whose preprocessing is used.
+    table : pandas.DataFrame
+    front : torch.nn.Module, optional
+        The frozen part in front (`networks.finetune.cut`): it runs once over every
+        patch, and its maps are the items. Without it images are, read at each access.
+    turns : sequence of int
+        Views of `loaders.Turned` that are cached; the first should be 0, the patch as
+        it is.
+    transform, augment
+        As `loaders.PatchDataset`; cached maps vary by their turns alone.
+    batch_size, cache, progress
+        As `embed`, for cached maps.
+    """
+    if front is None:
+        return PatchDataset(table, transform, augment, prepare=encoder.preprocessing)
+    flat, name = _Flat(front, encoder.preprocessing.size), f"front of {encoder.name}"
+    part = Encoder(name, flat, encoder.preprocessing, flat.dimension, encoder.card)
+    how = {"batch_size": batch_size, "cache": cache, "progress": progress}
+    made = [embed(part, table, Turned(turn, transform), **how) for turn in turns]
+    return CachedMaps([flat.back(one.vectors) for one in made], table)
+
+
+class _Flat(torch.nn.Module):
+    """All maps of a network side by side as one vector; `back` puts them back."""
+
+    def __init__(self, network, size):
+        super().__init__()
+        self.network = network
+        place = next((p.device for p in network.parameters()), None)
+        with torch.no_grad():
+            maps = self._maps(torch.zeros(1, 3, size, size, device=place))
+        self.shapes = [m.shape[1:] for m in maps]
+        self.dimension = sum(shape.numel() for shape in self.shapes)
+
+    def _maps(self, x):
+        maps = self.network(x)
+        return [maps] if torch.is_tensor(maps) else list(maps)
+
+    def forward(self, x):
+        return torch.cat([m.flatten(1) for m in self._maps(x)], 1)
+
+    def back(self, vectors):
+        parts = torch.as_tensor(vectors).split([s.numel() for s in self.shapes], 1)
+        maps = [p.unflatten(1, s) for p, s in zip(parts, self.shapes, strict=True)]
+        return maps[0] if len(maps) == 1 else tuple(maps)
 
 
 def cache_key(encoder, table, transform=None):
@@ -160,22 +223,24 @@ def _check_scale(encoder, table):
         )
 
 
-def _checked(found, positions, encoder, table):
-    if found.ndim != 2 or found.shape[1] != encoder.dimension:
-        raise ValueError(
-            f"{encoder.name} gave vectors of shape {found.shape}; its dimension is "
-            f"said to be {encoder.dimension}: correct the encoder"
-        )
-    bad = ~np.isfinite(found).all(axis=1)
+def _finite(vectors, table, batch_size, name="the network"):
+    bad = ~np.isfinite(vectors).all(axis=1)
     if bad.any():
-        row = int(positions[bad][0])
+        row = int(bad.argmax())
+        first = row - row % batch_size
+        count = int(bad[first : first + batch_size].sum())
+        last = min(first + batch_size, len(vectors)) - 1
         raise ValueError(
-            f"{encoder.name} gave NaN or infinity for {int(bad.sum())} of {len(found)} "
-            f"patches in the batch of rows {int(positions.min())}–"
-            f"{int(positions.max())}, the first is row {row} "
+            f"{name} gave NaN or infinity for {count} of {last - first + 1} patches in "
+            f"the batch of rows {first}–{last}, the first is row {row} "
             f"({table['image'].iloc[row]}): look at this patch and at the weights"
         )
-    return found
+    return vectors
+
+
+def _positions(rows):
+    rows = np.asarray(rows)
+    return np.flatnonzero(rows) if rows.dtype == bool else rows
 
 
 def _cached(place, table):
@@ -190,24 +255,3 @@ def _cached(place, table):
     made = Embeddings(known.vectors, table)
     made.table.attrs = {**table.attrs, **known.table.attrs}
     return made
-
-
-@contextlib.contextmanager
-def _evaluating(network):
-    """Switch to evaluation mode inside, to each part's own mode again afterwards."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _full_precision(device):
-    """On a GPU: no TF32, no search for the fastest convolution, so CPU's vectors."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    return torch.backends.cudnn.flags(
-        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-    )
