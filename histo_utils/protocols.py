@@ -34,7 +34,14 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
 from histo_utils.embeddings import Embeddings, standardise
-from histo_utils.search import Archive, Exclusion, bag_distances, minmax_barcode
+from histo_utils.search import (
+    Archive,
+    bag_distances,
+    check_k,
+    count_relevant,
+    exclusion_mask,
+    minmax_barcode,
+)
 
 C_VALUES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 TASKS = ("scan", "organ")
@@ -488,11 +495,9 @@ def slide_search(
             "expected 'slide' or 'patient', and one row per slide"
         )
     table = table.reset_index(drop=True)
-    banned = Exclusion(table, table, exclude)
-    banned.check(k)
-    relevant = _relevant(banned, table)
-    rows = np.arange(len(bags))
-    forbidden = banned.forbids(rows[:, None], rows)
+    check_k(k, table, table, exclude)
+    relevant = _relevant(table, table, exclude)
+    forbidden = exclusion_mask(table, table, exclude)
     listed = None
     if shortlist is not None:
         listed = _listed(shortlist, len(bags), k, forbidden, exclude)
@@ -565,21 +570,20 @@ def _renumbered(outcomes, queries, gallery):
 def _retrieve(queries, gallery, k, exclude, archive):
     _check_columns(queries.table, ["label"])
     _check_columns(gallery.table, ["label"])
-    banned = Exclusion(gallery.table, queries.table, exclude)
-    banned.check(k)
-    relevant = _relevant(banned, queries.table)
+    check_k(k, queries.table, gallery.table, exclude)
+    relevant = _relevant(queries.table, gallery.table, exclude)
     ids, distances = Archive(gallery, **archive).search(queries, k, exclude)
     labels = gallery.table["label"].to_numpy()[ids]
     return _outcomes(queries.table, labels[:, 0], ids, labels, distances, relevant)
 
 
-def _relevant(banned, queries):
-    relevant = banned.relevant()
+def _relevant(queries, gallery, exclude):
+    relevant = count_relevant(queries, gallery, exclude)
     if (relevant == 0).any():
         query = int((relevant == 0).argmax())
         raise ValueError(
             f"class {str(queries['label'].iloc[query])!r}: query {query} is alone in "
-            f"it, nothing of its class is left under exclude={banned.name!r}; leave "
+            f"it, nothing of its class is left under exclude={exclude!r}; leave "
             "such classes out, or exclude less"
         )
     return relevant

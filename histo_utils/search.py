@@ -1,36 +1,29 @@
-"""Search an archive of embeddings: who is nearest, and who may be found.
+"""Search an archive of embeddings: the nearest items, and which of them may be found.
 
-*Tie rule.* A distance is computed in float64 from the stored float32 vectors by one
-fixed sequence of operations, the same for every pair. It therefore does not depend on
-chunk, thread, BLAS or machine, and equal vectors have equal distances bit for bit.
-Neighbours are sorted by (distance, gallery row): among equals the lower row comes
-first, also where the list of k is cut. faiss proposes candidates; they are accepted
-only if its rounding error cannot have hidden a nearer item, else more are asked for.
+*Exclusion* is a mask over (queries, gallery), made for some rows of queries at a time.
+*Ties.* Distances are float64, rounded to 12 digits; neighbours are sorted by (distance,
+gallery row), so among equals the lower row comes first, also where a list is cut.
+Float32 products propose candidates, with a margin that covers their rounding; SciPy's
+`cdist` ranks them, which treats every pair alike: equal vectors are equally far.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist
+from sklearn.preprocessing import normalize
 
 from histo_utils.embeddings import Embeddings
 
-__all__ = [
-    "Archive",
-    "Neighbours",
-    "median_of_min",
-    "median_of_min_matrix",
-    "minmax_barcode",
-]
-
 INDEXES = ("flat", "barcode")
-_SPARE = 8  # candidates beyond k, so that rounding in faiss rarely needs a second look
-_CELLS = 2**22  # numbers held at once
+EXCLUSIONS = ("self", "touching", "slide", "patient")
+PATCH = ["image", "x", "y", "size"]  # columns that identify a patch
+_CELLS = 2**24  # pairs of query and gallery item held at once
+_PATCHES = 2**15  # of the gallery at once, in slide-to-slide search
+_RULES = {"median": np.median, "mean": np.mean}
 _ROUNDING = 2.0**-24  # of float32
 
 
@@ -49,13 +42,11 @@ class Archive:
     embeddings : Embeddings
         The gallery; found ids are its row numbers.
     index : {"flat", "barcode"}
-        ``flat`` compares with every vector. ``barcode`` compares `minmax_barcode` bits.
+        Compare vectors, or their `minmax_barcode` bits.
     metric : {"cosine", "euclidean", "hamming"}, optional
-        Default ``cosine``, or ``hamming`` for barcodes without re-ranking. Cosine
-        distance is 1 - cosine similarity.
+        Default ``cosine`` (1 - similarity), or ``hamming`` for barcodes alone.
     rerank : int, optional
-        Barcodes only: so many nearest barcodes (after exclusion) are ranked again by
-        ``metric`` on the vectors, and its distances are returned.
+        Barcodes only: rank this many nearest barcodes again by the vectors' ``metric``.
 
     Raises
     ------
@@ -73,14 +64,14 @@ class Archive:
     def __init__(self, embeddings, index="flat", metric=None, rerank=None):
         if index not in INDEXES:
             raise ValueError(f"unknown index {index!r}; valid are {', '.join(INDEXES)}")
+        by_bits = index == "barcode" and rerank is None
         if metric is None:
-            metric = "hamming" if index == "barcode" and rerank is None else "cosine"
-        ranked_by_vectors = index == "flat" or rerank is not None
-        valid = ("cosine", "euclidean") if ranked_by_vectors else ("hamming",)
+            metric = "hamming" if by_bits else "cosine"
+        valid = ("hamming",) if by_bits else ("cosine", "euclidean")
         if metric not in valid:
             raise ValueError(
                 f"metric={metric!r} with index={index!r}, rerank={rerank}; valid here: "
-                f"{', '.join(valid)} (hamming: index='barcode' without rerank)"
+                f"{', '.join(valid)}"
             )
         if rerank is not None and (index == "flat" or rerank < 1):
             raise ValueError(
@@ -92,20 +83,10 @@ class Archive:
         self.embeddings, self.index = embeddings, index
         self.metric, self.rerank = metric, rerank
         _check_lengths(embeddings.vectors, metric, "gallery")
-        faiss = _import_faiss()
-        if index == "barcode":
-            self._faiss = faiss.IndexBinaryFlat(8 * -(-(embeddings.dim - 1) // 8))
-        else:
-            self._centre = embeddings.vectors.mean(axis=0, dtype=np.float64)
-            kind = faiss.IndexFlatIP if metric == "cosine" else faiss.IndexFlatL2
-            self._faiss = kind(embeddings.dim)
-        self._longest = 0.0  # centred norm, bounds the rounding of faiss
-        step = max(1, _CELLS // embeddings.dim)
-        for start in range(0, len(embeddings), step):
-            form = self._as_faiss(embeddings.vectors[start : start + step])
-            if index == "flat":
-                self._longest = max(self._longest, np.linalg.norm(form, axis=1).max())
-            self._faiss.add(form)
+        self._centre = embeddings.vectors.mean(axis=0, dtype=np.float64)
+        self._forms = self._form(embeddings.vectors)
+        if index == "flat":
+            self._squares = np.einsum("ij,ij->i", self._forms, self._forms)
 
     def search(self, queries, k, exclude=None) -> Neighbours:
         """Find the k nearest allowed gallery items of every query.
@@ -116,10 +97,7 @@ class Archive:
             An array has no table and can only be searched with ``exclude=None``.
         k : int
         exclude : None, "self", "touching", "slide" or "patient"
-            What a query may not find: the same patch (by row where the queries *are*
-            the archive's embeddings, else by ``image, x, y, size``); it and the patches
-            of its slide that overlap or touch it, corners included; its whole slide;
-            everything of its patient.
+            What a query may not find (`exclusion_mask`).
 
         Raises
         ------
@@ -130,8 +108,8 @@ class Archive:
         if isinstance(queries, np.ndarray):
             if exclude is not None:
                 raise ValueError(
-                    f"exclude={exclude!r} needs to know whose the queries are; give "
-                    "Embeddings (vectors with their table), not an array"
+                    f"exclude={exclude!r} needs a table of the queries; give Embeddings"
+                    ", not an array"
                 )
             queries = Embeddings(queries, pd.DataFrame(index=range(len(queries))))
         gallery = self.embeddings
@@ -141,148 +119,117 @@ class Archive:
                 "embed both with the same encoder"
             )
         _check_lengths(queries.vectors, self.metric, "query")
-        banned = Exclusion(gallery.table, queries.table, exclude)
-        banned.check(k)
-        k = int(k)  # faiss takes no NumPy integers
-        if self.rerank is None:
-            return self._ranked(queries.vectors, k, banned)
-        if self.rerank < k:
+        check_k(k, queries.table, gallery.table, exclude)
+        if self.rerank is not None and self.rerank < k:
             raise ValueError(f"rerank={self.rerank} is smaller than k={k}; raise it")
-        wide = min(self.rerank, len(gallery))
-        ids, first = self._ranked(queries.vectors, wide, banned)
-        distances, step = np.empty(ids.shape), max(1, _CELLS // queries.dim)
-        for s in range(0, len(ids), step):
-            rows = np.arange(s, min(s + step, len(ids)))
-            distances[rows] = self._exact(queries.vectors, rows, ids[rows])
-        return _sorted(ids, np.where(np.isinf(first), np.inf, distances), k)
+        shape = len(queries), k
+        found = Neighbours(np.empty(shape, np.int64), np.empty(shape))
+        for rows, mask in _blocks(queries.table, gallery.table, exclude):
+            self._rank(queries.vectors[rows], mask, *(part[rows] for part in found))
+        return found
 
-    def _ranked(self, vectors, k, banned):
-        """Exact top k by (distance, row); places that nothing is left for are inf."""
-        n = len(self.embeddings)
-        ids = np.empty((len(vectors), k), np.int64)
-        distances = np.empty((len(vectors), k))
-        unranked, keep = np.arange(len(vectors)), min(n, k + _SPARE)
-        while unranked.size:
-            width = min(n, keep + int((n - banned.left[unranked]).max()))
-            step = max(1, _CELLS // max(width, vectors.shape[1]))
-            unsure = []
-            for part in np.split(unranked, range(step, unranked.size, step)):
-                best, sure = self._round(vectors, part, k, keep, width, banned)
-                ids[part], distances[part] = best
-                unsure.append(part[~sure])
-            unranked, keep = np.concatenate(unsure), min(n, 4 * keep)
-        return Neighbours(ids, distances)
+    def _rank(self, vectors, mask, ids, distances):
+        """Write the nearest allowed items of some queries into ids and distances."""
+        rough, margin = self._rough(self._form(vectors))
+        rough[mask] = np.inf
+        k = ids.shape[1]
+        width = min(self.rerank or k, len(self.embeddings))
+        cut = np.partition(rough, width - 1, axis=1)[:, width - 1] + margin
+        for i, far in enumerate(rough):
+            near = np.flatnonzero((far <= cut[i]) & ~mask[i])
+            if self.index == "barcode":  # no margin: of equal ones the lower row
+                near = np.sort(near[np.argsort(far[near], kind="stable")[:width]])
+            exact = far[near].astype(float)
+            if self.metric != "hamming":
+                others = self.embeddings.vectors[near]
+                exact = cdist(vectors[i : i + 1], others, self.metric)[0]
+            exact = np.round(np.maximum(exact, 0), 12)
+            order = np.argsort(exact, kind="stable")[:k]
+            ids[i], distances[i] = near[order], exact[order]
 
-    def _round(self, vectors, rows, k, keep, width, banned):
-        """Best k among faiss's candidates, and whether no other item can be nearer."""
-        form = self._as_faiss(vectors[rows])
-        rough, ids = self._faiss.search(form, width)
-        bad = banned.forbids(rows[:, None], ids)
-        if bad.any():  # allowed candidates first, their order kept
-            order = np.argsort(bad, axis=1, kind="stable")[:, :keep]
-            rough, ids, bad = (
-                np.take_along_axis(a, order, axis=1) for a in (rough, ids, bad)
-            )
-        rough, ids, bad = rough[:, :keep], ids[:, :keep], bad[:, :keep]
+    def _rough(self, forms):
+        """First distances of queries to the gallery, and the margin of their order.
+
+        Squared Euclidean ones without the query's own square; a sum of d products in
+        float32 is off by at most about d·2⁻²⁴ times the product of the norms.
+        """
         if self.index == "barcode":
-            distances = beyond = rough.astype(np.float64)
-        else:
-            distances = self._exact(vectors, rows, ids)
-            beyond = self._at_least(form, rough)
-        best = _sorted(ids, np.where(bad, np.inf, distances), k)
-        nothing_else = banned.left[rows] <= keep
-        return best, nothing_else | (best.distances[:, -1] < beyond[:, -1])
+            return _hamming(forms, self._forms).astype(np.float32), 0
+        reach = np.linalg.norm(forms, axis=1) + self._squares.max() ** 0.5
+        margin = 2 * (self.embeddings.dim + 8) * _ROUNDING * reach**2 + 1e-11 * reach
+        return self._squares - 2 * (forms @ self._forms.T), margin
 
-    def _as_faiss(self, vectors):
-        """Prepare what faiss compares: packed bits, unit or centred vectors."""
+    def _form(self, vectors):
+        """Prepare what is compared first: packed bits, unit or centred vectors."""
         if self.index == "barcode":
             return np.packbits(minmax_barcode(vectors), axis=1)
-        if self.metric == "cosine":
-            norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
-            return (vectors / norms).astype(np.float32)
-        return (vectors - self._centre).astype(np.float32)
-
-    def _at_least(self, form, rough):
-        """Lower bound of the true distance, given faiss's float32 value.
-
-        A sum of d products in float32 is off by at most about d·2⁻²⁴ times the sum of
-        the products' sizes; here, times the product of the norms.
-        """
-        d = self.embeddings.dim
-        rough = rough.astype(np.float64)
-        if self.metric == "cosine":
-            return 1 - rough - (d + 8) * _ROUNDING
-        reach = np.linalg.norm(form, axis=1, keepdims=True).astype(float)
-        slack = (2 * d + 32) * _ROUNDING * (reach + self._longest) ** 2
-        return np.sqrt(np.maximum(rough - slack, 0))
-
-    def _exact(self, vectors, rows, ids):
-        """Distances of the pairs (rows[i], ids[i, j]) by the fixed sequence."""
-        own = vectors[rows].astype(np.float64)
-        lengths = _fold(own * own)
-        q, g = np.repeat(np.arange(len(rows)), ids.shape[1]), ids.ravel()
-        out, step = np.empty(len(g)), max(1, _CELLS // self.embeddings.dim)
-        for s in range(0, len(g), step):
-            a = own[q[s : s + step]]
-            b = self.embeddings.vectors[g[s : s + step]].astype(np.float64)
-            if self.metric == "euclidean":
-                out[s : s + step] = np.sqrt(_fold((a - b) ** 2))
-            else:
-                norms = np.sqrt(lengths[q[s : s + step]] * _fold(b * b))
-                out[s : s + step] = 1 - np.clip(_fold(a * b) / norms, -1, 1)
-        return out.reshape(ids.shape)
+        if self.metric == "euclidean":
+            return vectors - self._centre.astype(np.float32)
+        squares = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
+        unit = np.empty_like(vectors)
+        return np.divide(vectors, np.sqrt(squares)[:, None], unit, casting="same_kind")
 
 
-def _fold(values):
-    """Sum over the last axis, always by adding its second half to its first."""
-    while values.shape[-1] > 1:
-        half = values.shape[-1] // 2
-        folded = values[..., :half] + values[..., half : 2 * half]
-        if values.shape[-1] % 2:
-            folded[..., 0] += values[..., -1]
-        values = folded
-    return values[..., 0]
+def exclusion_mask(queries, gallery, exclude=None) -> np.ndarray:
+    """Which gallery rows each query may not find.
+
+    Parameters
+    ----------
+    queries, gallery : DataFrame with m and n rows
+        Patch tables; the same object where queries search among themselves, so that
+        "self" goes by row (else by ``image, x, y, size``).
+    exclude : None, "self", "touching", "slide" or "patient"
+        Nothing; the same patch; it and the patches of its slide that overlap or touch
+        it, corners included; its whole slide; everything of its patient.
+
+    Returns
+    -------
+    (m, n) bool array
+
+    Examples
+    --------
+    >>> table = pd.DataFrame({"patient": ["a", "a", "b"]})
+    >>> exclusion_mask(table.iloc[:1], table, "patient").tolist()
+    [[True, True, False]]
+    """
+    mask = np.zeros((len(queries), len(gallery)), bool)
+    for rows, part in _blocks(queries, gallery, exclude):
+        mask[rows] = part
+    return mask
 
 
-def _sorted(ids, distances, k):
-    order = np.lexsort((ids, distances), axis=-1)[:, :k]
-    pick = (np.take_along_axis(a, order, axis=1) for a in (ids, distances))
-    return Neighbours(*pick)
+def check_k(k, queries, gallery, exclude=None) -> None:
+    """Raise ValueError where fewer than k gallery items are left for a query."""
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+        raise ValueError(f"k={k!r}; expected a whole number of 1 or more")
+    parts = [(~mask).sum(axis=1) for _, mask in _blocks(queries, gallery, exclude)]
+    left = np.concatenate([*parts, []]).astype(int)
+    if not len(left) or k <= left.min():
+        return
+    query, whose = int(left.argmin()), ""
+    if exclude in ("slide", "patient"):
+        value = str(queries[exclude].iloc[query])
+        whose = f" after leaving out its {exclude} {value!r}"
+        if left[query] == 0:
+            raise ValueError(
+                f"query {query}: its {exclude} {value!r} is the whole gallery, so "
+                f"nothing is left to find; add other {exclude}s, or exclude less"
+            )
+    elif exclude is not None:
+        whose = f" after exclude={exclude!r}"
+    raise ValueError(
+        f"k={k} is larger than the {left[query]} items that are left for query {query}"
+        f"{whose}; lower k"
+    )
 
 
-def _check_lengths(vectors, metric, which):
-    zero = ~vectors.any(axis=1)
-    if metric == "cosine" and zero.any():
-        raise ValueError(
-            f"{which} row {int(zero.argmax())} is all zeros and has no direction; use "
-            "metric='euclidean' or look at the encoder"
-        )
-    if vectors.size and max(vectors.max(), -vectors.min()) > 1e15:
-        raise ValueError(
-            f"{which} vectors hold values beyond 1e15, whose squares overflow float32; "
-            "standardise them first (embeddings.standardise)"
-        )
-
-
-def _import_faiss():
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError(
-            "searching needs faiss: pip install 'histo_utils[networks]'"
-        ) from error
-    return faiss
-
-
-_FLOAT_METRICS = ("euclidean", "cosine")
-
-_RULES = {"median": np.median, "mean": np.mean}
-
-_PATCHES = 2**15  # of the gallery at once, so that millions of them fit in memory
-
-_ROWS = 512  # of the queries at once, for products of matrices
-
-_FEW = 2**14  # pairs of patches
+def count_relevant(queries, gallery, exclude=None) -> np.ndarray:
+    """Count the allowed gallery items that share each query's label; (m,) int."""
+    own, theirs = _codes(queries, gallery, ["label"], "counting relevant items")
+    relevant = np.zeros(len(queries), np.int64)
+    for rows, mask in _blocks(queries, gallery, exclude):
+        relevant[rows] = ((own[rows, None] == theirs) & ~mask).sum(axis=1)
+    return relevant
 
 
 def minmax_barcode(features) -> np.ndarray:
@@ -298,8 +245,8 @@ def minmax_barcode(features) -> np.ndarray:
 
     Notes
     -----
-    Kalra et al. 2020 (Yottixel), as in the released code. Other code sets the opposite
-    bit and a leading 0; Hamming distances differ only where neighbours are equal.
+    Kalra et al. 2020, as in the released code. Other code sets the opposite bit and a
+    leading 0; Hamming distances differ only where neighbouring values are equal.
 
     Examples
     --------
@@ -318,20 +265,9 @@ def minmax_barcode(features) -> np.ndarray:
 
 
 def median_of_min(a, b, metric=None) -> float:
-    """Distance of slide a to slide b: median over a of the minimum over b.
+    """Distance of slide a to slide b (Yottixel): median over a of the minimum over b.
 
-    Parameters
-    ----------
-    a, b : (n, bits) arrays of 0 and 1, or (n, d) arrays of floats
-        The patches of two slides.
-    metric : {"hamming", "euclidean", "cosine"}, optional
-        Default by type: whole numbers are bits and compared by Hamming distance (in
-        bits); floats are features and compared by Euclidean distance.
-
-    Notes
-    -----
-    Yottixel's distance; it is **not** symmetric. An even number of patches gives the
-    mean of the two middle minima.
+    Not symmetric. `bag_distances` says what slides are.
 
     Examples
     --------
@@ -339,58 +275,25 @@ def median_of_min(a, b, metric=None) -> float:
     >>> median_of_min(a, b), median_of_min(b, a)
     (1.0, 0.0)
     """
-    return float(median_of_min_matrix([a, b], metric)[0, 1])
-
-
-def median_of_min_matrix(bags, metric=None) -> np.ndarray:
-    """All distances between slides; entry (i, j) is ``median_of_min(bag i, bag j)``.
-
-    Parameters
-    ----------
-    bags : list of (n_i, bits) or (n_i, d) arrays
-    metric : see `median_of_min`
-
-    Returns
-    -------
-    (slides, slides) float64 array
-    """
-    return bag_distances(bags, metric=metric)
+    return float(bag_distances([a], [b], metric)[0, 0])
 
 
 def bag_distances(
     queries, gallery=None, metric=None, reduce="median", listed=None
 ) -> np.ndarray:
-    """Distances of query slides to gallery slides by their patches' nearest patches.
+    """Distances of slides by their patches' nearest patches, (queries, gallery).
 
-    Parameters
-    ----------
-    queries : list of (n_i, bits) or (n_i, d) arrays
-    gallery : list of such arrays, optional
-        Without it the queries search among themselves, and each pair of patches is
-        compared once for both directions.
-    metric : see `median_of_min`
-    reduce : {"median", "mean"}
-        What becomes of a query's minima, one a patch: their median (Yottixel), or
-        their mean, which under cosine is 1 - MaxSim / n of late interaction (Khattab
-        and Zaharia 2020; n patches in the query).
-    listed : (queries, m) array of int, optional
-        Gallery slides to compare each query with; the others are infinitely far.
-
-    Returns
-    -------
-    (queries, gallery) float64 array
-        Not symmetric under either rule.
-
-    Raises
-    ------
-    ValueError
-        Bags of unlike kind or width, an empty bag, NaN, an unknown metric or rule.
+    ``queries`` and ``gallery`` (default: the queries) are lists of slides, each an
+    (n_i, bits) array of whole numbers, compared by Hamming distance in bits, or an
+    (n_i, d) array of floats, compared by ``metric`` "euclidean" (default) or "cosine".
+    ``reduce`` summarises the minima of a query's patches: by their "median" (Yottixel),
+    or their "mean", which under cosine is 1 - MaxSim / n of late interaction (Khattab
+    and Zaharia 2020). ``listed``, an (queries, m) array, names the gallery slides that
+    each query is compared with; the others are infinitely far. Not symmetric.
 
     Examples
     --------
     >>> a, b = np.uint8([[0, 0], [0, 0], [1, 1]]), np.uint8([[0, 0]])
-    >>> bag_distances([a], [a, b]).tolist()
-    [[0.0, 0.0]]
     >>> bag_distances([a], [a, b], reduce="mean").round(2).tolist()
     [[0.0, 0.67]]
     """
@@ -399,224 +302,106 @@ def bag_distances(
     alone = gallery is None
     queries = [np.asarray(bag) for bag in queries]
     gallery = queries if alone else [np.asarray(bag) for bag in gallery]
-    bags = queries if alone else queries + gallery
-    bits = _check_bags(bags)
+    bits = _check_bags(queries if alone else queries + gallery, metric)
     metric = metric or ("hamming" if bits else "euclidean")
-    if (metric == "hamming") != bits or metric not in ("hamming", *_FLOAT_METRICS):
-        raise ValueError(
-            f"metric={metric!r} for {'bits' if bits else 'float features'}; valid here:"
-            f" {'hamming' if bits else ', '.join(_FLOAT_METRICS)}"
-        )
-    if metric == "cosine" and not all(bag.any(axis=1).all() for bag in bags):
-        raise ValueError(
-            "a patch has the zero vector, which has no cosine; leave it out, or use "
-            "metric='euclidean'"
-        )
-    rows, row_starts = _stacked(queries, metric)
-    columns, starts = (rows, row_starts) if alone else _stacked(gallery, metric)
-    kind = np.min_scalar_type(queries[0].shape[1]) if bits else np.float64
-    minima = np.zeros((len(rows), len(gallery)), kind)
+    form, compare = {
+        "hamming": (lambda bag: np.packbits(bag.astype(bool), axis=1), _hamming),
+        "euclidean": (np.float64, cdist),
+        # products round by shape: without the last digits equal vectors are equally far
+        "cosine": (
+            lambda bag: normalize(bag.astype(float)),
+            lambda a, b: np.round(np.maximum(1 - a @ b.T, 0), 12),
+        ),
+    }[metric]
+    own = [form(bag) for bag in queries]
+    theirs = own if alone else [form(bag) for bag in gallery]
+    distances = np.full((len(own), len(theirs)), np.inf)
     if listed is None:
-        for i, j in _blocks(row_starts, 0, 1 if bits else _ROWS):
-            top, bottom = row_starts[i], row_starts[j]
-            for first, last in _blocks(starts, i if alone else 0, _PATCHES):
-                left, right = starts[first], starts[last]
-                pairs = _pairs(rows[top:bottom], columns[left:right], metric, kind)
-                found = np.minimum.reduceat(pairs, starts[first:last] - left, axis=1)
-                minima[top:bottom, first:last] = found
-                if alone:
-                    found = np.minimum.reduceat(pairs, row_starts[i:j] - top, axis=0)
-                    minima[left:right, i:j] = found.T
+        run = np.cumsum([len(bag) for bag in theirs]) // _PATCHES
+        parts = np.split(np.arange(len(theirs)), np.flatnonzero(np.diff(run)) + 1)
+        work = [(range(len(own)), part) for part in parts]
     else:
-        for near, (top, bottom) in zip(listed, pairwise(row_starts), strict=True):
-            few = [columns[starts[j] : starts[j + 1]] for j in near]
-            pairs = _pairs(rows[top:bottom], np.concatenate(few), metric, kind)
-            places = np.cumsum([0] + [len(part) for part in few[:-1]])
-            minima[top:bottom, near] = np.minimum.reduceat(pairs, places, axis=1)
-    parts = np.split(minima, row_starts[1:-1])
-    matrix = np.stack([_RULES[reduce](part, axis=0) for part in parts]).astype(float)
-    if listed is not None:
-        absent = np.ones(matrix.shape, bool)
-        np.put_along_axis(absent, np.asarray(listed), False, axis=1)
-        matrix[absent] = np.inf
-    return matrix
+        work = [([i], np.asarray(near)) for i, near in enumerate(listed)]
+    for mine, part in work:
+        rows = np.concatenate([theirs[j] for j in part])
+        starts = np.cumsum([0] + [len(theirs[j]) for j in part[:-1]])
+        for i in mine:
+            minima = np.minimum.reduceat(compare(own[i], rows), starts, axis=1)
+            distances[i, part] = _RULES[reduce](minima, axis=0)
+    return distances
 
 
-def _check_bags(bags):
-    kinds = {np.issubdtype(bag.dtype, np.floating) for bag in bags}
-    shapes = {bag.shape[1:] for bag in bags}
-    if any(bag.ndim != 2 or 0 in bag.shape for bag in bags) or len(shapes) != 1:
+def _check_bags(bags, metric):
+    """Return whether the bags hold bits; raise where they or the metric are wrong."""
+    if any(bag.ndim != 2 or 0 in bag.shape for bag in bags) or (
+        len({bag.shape[1] for bag in bags}) != 1
+    ):
         raise ValueError(
             f"slides have shapes {[bag.shape for bag in bags][:4]}; expected (patches, "
             "d), at least one patch each and one d: leave slides without patches out"
         )
+    kinds = {not np.issubdtype(bag.dtype, np.floating) for bag in bags}
     if len(kinds) != 1:
+        raise ValueError("some slides are bits, some are float features; give one kind")
+    (bits,) = kinds
+    valid = ("hamming",) if bits else ("euclidean", "cosine")
+    if metric is not None and metric not in valid:
         raise ValueError(
-            "some slides are bits and some are float features; give one kind"
+            f"metric={metric!r} for {'bits' if bits else 'float features'}; valid here:"
+            f" {', '.join(valid)}"
         )
-    bits = not kinds.pop()
     for i, bag in enumerate(bags):
         if bits and ((bag != 0) & (bag != 1)).any():
-            raise ValueError(
-                f"slide {i} holds whole numbers other than 0 and 1; expected bits "
-                "(minmax_barcode) or floats"
-            )
+            raise ValueError(f"slide {i} holds whole numbers other than 0 and 1")
         if not bits and not np.isfinite(bag).all():
             raise ValueError(f"slide {i} holds NaN or infinity; expected finite floats")
+        if metric == "cosine" and not bag.any(axis=1).all():
+            raise ValueError(f"slide {i} has a zero vector, which has no cosine")
     return bits
 
 
-def _stacked(bags, metric):
-    """Stack bags into one array, ready for their metric; and where each one starts."""
-    together = np.concatenate(bags)
-    starts = np.cumsum([0] + [len(bag) for bag in bags])
-    if metric == "hamming":
-        return _words(together), starts
-    together = together.astype(np.float64)
-    if metric == "cosine":
-        together /= np.linalg.norm(together, axis=1, keepdims=True)
-    return together, starts
+def _hamming(a, b):
+    """Hamming distances of packed rows in bits, (len(a), len(b)) int32."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError("barcodes need faiss: histo_utils[networks]") from error
+    far = np.empty((len(a), len(b)), np.int32)
+    where = (faiss.swig_ptr(np.ascontiguousarray(x)) for x in (a, b))
+    faiss.hammings(*where, len(a), len(b), a.shape[1], faiss.swig_ptr(far))
+    return far
 
 
-def _blocks(starts, first, patches):
-    """Cut slides from ``first`` on into runs of about so many patches."""
-    while first < len(starts) - 1:
-        last = int(np.searchsorted(starts, starts[first] + patches, "right")) - 1
-        last = max(last, first + 1)
-        yield first, last
-        first = last
-
-
-def _pairs(a, b, metric, kind):
-    """Distances of all patches of a to all of b, both from `_stacked`."""
-    if metric == "hamming":
-        return _hamming(a, b, kind)
-    if metric == "euclidean":
-        return cdist(a, b)
-    # A small product of matrices waits for its threads where the cores are busy.
-    few = len(a) * len(b) < _FEW
-    cosines = np.einsum("ik,jk->ij", a, b) if few else a @ b.T
-    # Products round by shape: without the last digits equal vectors are equally far,
-    # and ties go by place in the table.
-    return np.round(np.maximum(1 - cosines, 0), 12)
-
-
-def _words(bits):
-    """Pack rows of bits into uint64 words."""
-    packed = np.packbits(bits.astype(bool), axis=1)
-    spare = -packed.shape[1] % 8
-    return np.pad(packed, ((0, 0), (0, spare))).view(np.uint64)
-
-
-def _hamming(a, b, kind):
-    """Hamming distances of packed rows, (len(a), len(b)), in bits."""
-    total = np.zeros((len(a), len(b)), kind)
-    differing = np.empty(total.shape, np.uint64)
-    counts = np.empty(total.shape, np.uint8)
-    a, b = np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)
-    for mine, theirs in zip(a, b, strict=True):
-        np.bitwise_xor(mine[:, None], theirs, out=differing)
-        total += np.bitwise_count(differing, out=counts)
-    return total
-
-
-EXCLUSIONS = ("self", "touching", "slide", "patient")
-
-PATCH = ["image", "x", "y", "size"]  # columns that say which patch a row is
-
-
-class Exclusion:
-    """Which gallery rows each query may not find.
-
-    Parameters
-    ----------
-    gallery, queries : DataFrame
-        Their patch tables; one and the same object where queries search among
-        themselves, so that "self" goes by row.
-    exclude : None, "self", "touching", "slide" or "patient"
-        See `Archive.search`.
-
-    Attributes
-    ----------
-    left : (m,) int array
-        Gallery items that remain for each query.
-    """
-
-    def __init__(self, gallery, queries, exclude):
-        if exclude is not None and exclude not in EXCLUSIONS:
-            raise ValueError(
-                f"unknown exclude={exclude!r}; valid are None, {', '.join(EXCLUSIONS)}"
-            )
-        self.name, self.n = exclude, len(gallery)
-        self._tables = gallery, queries
-        self._pairs = self._codes = None
-        if exclude == "touching":
-            self._pairs = _touching(gallery, queries)
-            hidden = np.bincount(self._pairs[0], minlength=len(queries))
-        elif exclude is not None:
-            if exclude == "self" and queries is gallery:
-                codes = np.arange(len(queries)), np.arange(self.n)
-            else:
-                columns = PATCH if exclude == "self" else [exclude]
-                codes = _codes(queries, gallery, columns, f"exclude={exclude!r}")
-            self._codes = codes
-            hidden = np.bincount(codes[1], minlength=codes[0].max(initial=0) + 1)
-            hidden = hidden[codes[0]]
-        else:
-            hidden = np.zeros(len(queries), np.int64)
-        self.left = self.n - hidden
-        if self._pairs is not None:
-            self._keys = np.sort(self._pairs[0] * self.n + self._pairs[1])
-
-    def check(self, k):
-        """Raise where fewer than k items are left for a query."""
-        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-            raise ValueError(f"k={k!r}; expected a whole number of 1 or more")
-        if not len(self.left) or k <= self.left.min():
-            return
-        query = int(self.left.argmin())
-        left, whose = int(self.left[query]), ""
-        if self.name in ("slide", "patient"):
-            value = str(self._tables[1][self.name].iloc[query])
-            whose = f" after leaving out its {self.name} {value!r}"
-            if left == 0:
-                raise ValueError(
-                    f"query {query}: its {self.name} {value!r} is the whole gallery, "
-                    f"so nothing is left to find; add other {self.name}s to the "
-                    "gallery or leave out less with exclude="
-                )
-        elif self.name is not None:
-            whose = f" after exclude={self.name!r}"
+def _blocks(queries, gallery, exclude):
+    """Rows of queries (slices) and their `exclusion_mask`, `_CELLS` pairs at a time."""
+    if exclude is not None and exclude not in EXCLUSIONS:
         raise ValueError(
-            f"k={k} is larger than the {left} items that are left for query {query}"
-            f"{whose}; lower k"
+            f"unknown exclude={exclude!r}; valid are None, {', '.join(EXCLUSIONS)}"
         )
-
-    def forbids(self, rows, ids):
-        """Whether query rows may not find gallery ids (arrays that broadcast)."""
-        if self._codes is not None:
-            return self._codes[0][rows] == self._codes[1][ids]
-        key = rows * self.n + ids
-        if self._pairs is None or not len(self._keys):
-            return np.zeros(key.shape, bool)
-        place = np.searchsorted(self._keys, key).clip(max=len(self._keys) - 1)
-        return self._keys[place] == key
-
-    def relevant(self, column="label"):
-        """Count the allowed gallery items that share each query's label."""
-        gallery, queries = self._tables
-        ql, gl = _codes(queries, gallery, [column], "counting relevant items")
-        size = 1 + max(ql.max(initial=0), gl.max(initial=0))
-        count = np.bincount(gl, minlength=size)[ql]
-        if self._pairs is not None:
-            q, g = self._pairs
-            return count - np.bincount(q[ql[q] == gl[g]], minlength=len(ql))
-        if self._codes is None:
-            return count
-        both, mine = self._codes[1] * size + gl, self._codes[0] * size + ql
-        kinds, counts = np.unique(both, return_counts=True)
-        place = np.searchsorted(kinds, mine).clip(max=len(kinds) - 1)
-        return count - np.where(kinds[place] == mine, counts[place], 0)
+    m, n, why = len(queries), len(gallery), f"exclude={exclude!r}"
+    own, theirs, reach = np.zeros(m, int), np.ones(n, int), None
+    if exclude == "self" and queries is gallery:
+        own = theirs = np.arange(n)
+    elif exclude == "touching":
+        columns = [c for c in ("slide", "image") if c == "slide" or c in queries]
+        own, theirs = _codes(queries, gallery, columns, why)
+        for table in (queries, gallery):
+            _codes(table, table, ["x", "y", "size"], why)
+        scale = queries["mpp"] / queries["slide_mpp"] if "slide_mpp" in queries else 1
+        size = (queries["size"] * scale).groupby(own).transform("median")
+        reach = size.to_numpy(float)[:, None] * 1.001  # x, y: level-0 px
+        place, places = (t[["x", "y"]].to_numpy(float) for t in (queries, gallery))
+    elif exclude is not None:
+        columns = PATCH if exclude == "self" else [exclude]
+        own, theirs = _codes(queries, gallery, columns, why)
+    step = max(1, _CELLS // max(1, n))
+    for rows in (slice(start, start + step) for start in range(0, m, step)):
+        mask = own[rows, None] == theirs
+        if reach is not None:
+            for axis in (0, 1):
+                gap = abs(place[rows, axis, None] - places[:, axis])
+                mask &= gap <= reach[rows]
+        yield rows, mask
 
 
 def _codes(queries, gallery, columns, why):
@@ -631,8 +416,8 @@ def _codes(queries, gallery, columns, why):
             if table[name].isna().any():
                 row = int(table[name].isna().to_numpy().argmax())
                 raise ValueError(
-                    f"row {row} of the {which} table has no {name}, which {why} "
-                    "needs; fill it in or drop the row"
+                    f"row {row} of the {which} table has no {name}, which {why} needs; "
+                    "fill it in or drop the row"
                 )
     total = np.zeros(len(queries) + len(gallery), np.int64)
     for name in columns:
@@ -648,21 +433,15 @@ def _codes(queries, gallery, columns, why):
     return total[: len(queries)], total[len(queries) :]
 
 
-def _touching(gallery, queries):
-    """Pairs (query row, gallery row) of one slide that overlap or touch."""
-    where = [c for c in ("slide", "image") if c == "slide" or c in queries]
-    qs, gs = _codes(queries, gallery, where, "exclude='touching'")
-    for table in (queries, gallery):
-        _codes(table, table, ["x", "y", "size"], "exclude='touching'")
-    found = [np.empty((2, 0), np.int64)]
-    for slide in np.intersect1d(qs, gs):
-        q, g = np.flatnonzero(qs == slide), np.flatnonzero(gs == slide)
-        mine, theirs = queries.iloc[q], gallery.iloc[g]
-        scale = mine["mpp"] / mine["slide_mpp"] if "slide_mpp" in mine else 1.0
-        reach = float(np.median(mine["size"] * scale)) * 1.001  # x, y: level-0 px
-        tree = cKDTree(theirs[["x", "y"]].to_numpy(float))
-        near = tree.query_ball_point(mine[["x", "y"]].to_numpy(float), reach, p=np.inf)
-        counts = [len(rows) for rows in near]
-        rows = np.concatenate([*near, []]).astype(np.int64)
-        found.append(np.stack([np.repeat(q, counts), g[rows]]))
-    return np.concatenate(found, axis=1)
+def _check_lengths(vectors, metric, which):
+    zero = ~vectors.any(axis=1)
+    if metric == "cosine" and zero.any():
+        raise ValueError(
+            f"{which} row {int(zero.argmax())} is all zeros and has no direction; use "
+            "metric='euclidean' or look at the encoder"
+        )
+    if vectors.size and max(vectors.max(), -vectors.min()) > 1e15:
+        raise ValueError(
+            f"{which} vectors hold values beyond 1e15, whose squares overflow float32; "
+            "standardise them first (embeddings.standardise)"
+        )
