@@ -2,10 +2,11 @@
 
 import time
 
+import pandas as pd
 import torch
 from torch import nn
 
-from histo_utils.batches import StoredInputs, training_batches
+from histo_utils.loaders import CachedMaps, training_batches
 from histo_utils.losses import MultiSimilarityLoss
 from histo_utils.training import fit
 
@@ -31,29 +32,36 @@ def parts(rate=0.05, dropout=0.3):
     return network, optimizer, schedule
 
 
-def data(n=48):
+LABELS = torch.arange(48) % 4
+
+
+def data():
     generator = torch.Generator().manual_seed(5)
-    labels = torch.arange(n) % 4
-    images = torch.randn(n, 3, 8, 8, generator=generator)
-    images[:, :, 0, 0] += labels[:, None] * 2.0
-    return StoredInputs([images, images.flip(3)], labels)
+    images = torch.randn(48, 3, 8, 8, generator=generator)
+    images[:, :, 0, 0] += LABELS[:, None] * 2.0
+    return CachedMaps([images, images.flip(3)], pd.DataFrame(index=range(48)))
+
+
+def batches(*sizes, of=None, labels=LABELS, **more):
+    """Batches of the small data set."""
+    return training_batches(of or data(), labels, slice(None), *sizes, **more)
 
 
 def run(folder, epochs=6, pause=0.0, fabric=None, dropout=0.3, **more):
     network, optimizer, schedule = parts(dropout=dropout)
-    batches = training_batches(data(), 16, 4, seed=1, fabric=fabric)
+    fed = batches(16, 4, seed=1, fabric=fabric)
 
     def validate(network):
         time.sleep(pause)
         assert not network.training
         with torch.inference_mode():
-            found = network(data().views[0])
-        return -float(MultiSimilarityLoss()(found, torch.arange(48) % 4))
+            found = network(data().tensors[0])
+        return -float(MultiSimilarityLoss()(found, LABELS))
 
     return fit(
         network,
         MultiSimilarityLoss(),
-        batches,
+        fed,
         optimizer=optimizer,
         epochs=epochs,
         schedule=schedule,

@@ -1,105 +1,196 @@
+"""Data sets of either kind; batches whose order follows from seed and epoch alone."""
+
 import pickle
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-from histo_utils import patches
-from histo_utils.loaders import PatchDataset, Preprocessing, colour, grey, loader
-from histo_utils.stains import StainMatch, fit_stains
+from histo_utils import catalog, patches
+from histo_utils.loaders import (
+    BatchOrder,
+    CachedMaps,
+    PatchDataset,
+    Preprocessing,
+    Resized,
+    Turned,
+    colour,
+    grey,
+    outputs,
+    training_batches,
+)
 
-SIZE = 32
-PURPLE, PINK = np.array([0.65, 0.70, 0.29]), np.array([0.07, 0.99, 0.11])
-
-
-def stained(rng, haematoxylin, eosin, strength=1.0, side=128):
-    """An image of two stains in random amounts, a fifth of it clear glass."""
-    amount = rng.gamma(2.0, 0.35, (side, side, 2)) * strength
-    amount[: side // 5] = 0
-    density = amount @ np.stack([haematoxylin, eosin])
-    return np.rint(255 * np.exp(-density)).astype(np.uint8)
-
-
-def table_of(folder, images):
-    """Write images (sides a multiple of SIZE) and cut each into a patch table."""
-    rows = []
-    for name, image in images.items():
-        path = folder / f"{name}.png"
-        Image.fromarray(image).save(path)
-        rows += [
-            {"image": str(path), "x": x, "y": y, "slide": name, "patient": name}
-            for y in range(0, image.shape[0], SIZE)
-            for x in range(0, image.shape[1], SIZE)
-        ]
-    return pd.DataFrame(rows).assign(size=SIZE, mpp=0.5, slide_mpp=0.5, label="a")
+LABELS = np.repeat(["a", "b", "c", "d"], [3, 10, 10, 17])
 
 
-@pytest.fixture
-def table(tmp_path):
-    rng = np.random.default_rng(0)
-    strange = np.array([0.45, 0.60, 0.66])
-    images = {
-        "usual": stained(rng, PURPLE, PINK),
-        "blue and pale": stained(rng, strange, PINK, 0.6),
-        "white": np.full((64, 64, 3), 255, np.uint8),
-    }
-    return table_of(tmp_path, images)
+@pytest.fixture(scope="module")
+def table(phantoms):
+    folder, _ = phantoms
+    return catalog.patch_table(str(folder), 256, 0.5).iloc[:12].reset_index(drop=True)
+
+
+class Noise:
+    """An augmentation with torch's random numbers, as torchvision's are."""
+
+    def __call__(self, image):
+        assert image.dtype == torch.uint8 and image.shape[0] == 3
+        return image ^ torch.randint(0, 255, image.shape, dtype=torch.uint8)
 
 
 def test_items_are_the_patches_in_table_order(table):
     data = PatchDataset(table)
     assert len(data) == len(table)
     for i in (0, 7, len(table) - 1):
-        tensor, position = data[i]
-        pixels = patches.read_patch(table.iloc[i])
-        assert position == i and tensor.dtype == torch.float32
-        np.testing.assert_allclose(
-            tensor.numpy(), pixels.transpose(2, 0, 1) / 255, atol=1e-6
-        )
+        pixels = patches.read_patch(table.iloc[i]).transpose(2, 0, 1) / 255
+        np.testing.assert_allclose(data[i].numpy(), pixels, atol=1e-6)
+    small = Preprocessing(size=48)
+    image = PatchDataset(table, grey, prepare=small)[5]
+    assert torch.equal(image, small(grey(patches.read_patch(table.iloc[5]))))
 
 
-def test_nothing_is_opened_before_it_is_asked_for(table):
-    bad = table.assign(image=[*table["image"][:-1], "gone.png"])
-    data = PatchDataset(bad)
+def test_nothing_is_opened_before_it_is_needed_and_a_copy_gives_the_same(table):
+    data = PatchDataset(table.assign(image=[*table["image"][:-1], "gone.png"]))
+    copy = pickle.loads(pickle.dumps(data))
     assert len(pickle.dumps(data)) < 100_000
-    assert data[0][0].shape == (3, SIZE, SIZE)
+    assert torch.equal(copy[0], data[0])
     with pytest.raises(Exception, match=r"gone\.png"):
-        data[len(bad) - 1]
+        data[len(table) - 1]
+    with pytest.raises(ValueError, match="the patch table is empty"):
+        PatchDataset(table.iloc[:0])
 
 
-def test_a_pickled_data_set_gives_the_same(table):
-    match = StainMatch.fit(table)
-    first = PatchDataset(table, match, Preprocessing(size=16))
-    second = pickle.loads(pickle.dumps(first))
-    for i in (0, 20, len(table) - 1):
-        assert torch.equal(first[i][0], second[i][0])
+def test_augmentation_follows_from_the_draw_alone(table):
+    data = PatchDataset(table, augment=Noise(), prepare=Preprocessing(size=64))
+    torch.manual_seed(0)
+    first = data[3, 11]
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    assert torch.equal(data[3, 11], first)
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's is left alone
+    assert not torch.equal(data[3, 12], first)
+    assert torch.equal(data[3], PatchDataset(table, prepare=Preprocessing(size=64))[3])
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_workers_give_what_one_process_gives(table, start):
-    some = table.iloc[:20]
-    patches.read_patch(some.iloc[0])  # open in the parent: a fork inherits it
-    alone = loader(some, grey, batch_size=6)
-    shared = loader(some, grey, batch_size=6, workers=2, start=start)
-    for (a, i), (b, j) in zip(alone, shared, strict=True):
-        assert torch.equal(a, b) and torch.equal(i, j)
+def test_cached_maps_give_the_first_view_or_that_of_the_draw(table):
+    views = [torch.full((12, 2), float(v)) for v in range(3)]
+    data = CachedMaps(views, table)
+    assert data[1].tolist() == [0, 0] and data[1, 7].tolist() == [1, 1]
+    maps = CachedMaps([(torch.zeros(12, 1), torch.ones(12, 2))], table)
+    assert [part.tolist() for part in maps[0]] == [[0.0], [1.0, 1.0]]
+    assert [part.tolist() for part in maps[0, 5]] == [[0.0], [1.0, 1.0]]
 
 
-def test_order_depends_on_the_seed_alone(table):
-    def order(**options):
-        made = loader(table, batch_size=5, shuffle=True, **options)
-        return [torch.cat([p for _, p in made]).tolist() for _ in range(2)]
+def test_training_batches_number_the_classes_of_their_rows(table):
+    labels = np.array(list("cabcabcabcab"))
+    one = torch.arange(12).float()[:, None]
+    rows = np.array([7, 2, 5, 0])  # a b b c
+    for given in (rows, np.isin(np.arange(12), rows)):
+        batches = training_batches(CachedMaps([one], table), labels, given, 4)
+        inputs, codes = next(iter(batches))
+        names = np.array(list("abc"))[codes.numpy()]
+        assert names.tolist() == labels[inputs[:, 0].int().numpy()].tolist()
+    wide = {"classes": list("0abc")}  # numbered over more than these rows
+    batches = training_batches(CachedMaps([one], table), labels, rows, 4, **wide)
+    assert set(next(iter(batches))[1].tolist()) == {1, 2, 3}
 
-    torch.manual_seed(1)
-    first = order(seed=3)
-    torch.manual_seed(2)
-    assert order(seed=3) == first
-    assert order(seed=4) != first and first[0] != first[1]
-    assert sorted(first[0]) == list(range(len(table)))
-    plain = torch.cat([p for _, p in loader(table, batch_size=5)])
-    assert plain.tolist() == list(range(len(table)))
+
+def test_workers_change_nothing(table):
+    data = PatchDataset(table, augment=Noise(), prepare=Preprocessing(size=32))
+    found = []
+    for workers in (0, 2):
+        rows = np.arange(12) > 1
+        batches = training_batches(
+            data, table["label"], rows, 4, seed=3, workers=workers
+        )
+        batches.batch_sampler.set_epoch(2)
+        found.append(list(batches))
+    for (x, y), (again, labels) in zip(*found, strict=True):
+        assert torch.equal(x, again) and torch.equal(y, labels)
+
+
+def batches_of(order, epoch):
+    order.set_epoch(epoch)
+    return list(order)
+
+
+def test_every_batch_holds_so_many_of_each_class():
+    for batch in batches_of(BatchOrder(LABELS, 12, 4, seed=2), 5):
+        names, counts = np.unique(LABELS[[i for i, _ in batch]], return_counts=True)
+        assert len(names) == 3 and set(counts) == {4}
+
+
+def test_items_come_round_before_they_repeat():
+    batches = batches_of(BatchOrder(np.repeat(["a", "b"], 8), 8, 4, steps=2), 1)
+    assert len({i for batch in batches for i, _ in batch}) == 16
+    items = [i for batch in batches_of(BatchOrder(LABELS, 8), 3) for i, _ in batch]
+    assert sorted(items) == list(range(40))
+
+
+def test_the_order_is_that_of_seed_and_epoch():
+    first, again = (BatchOrder(LABELS, 8, 4, seed=1) for _ in range(2))
+    batches_of(first, 1)  # an epoch before changes nothing
+    assert batches_of(first, 2) == batches_of(again, 2)
+    assert batches_of(first, 2) != batches_of(first, 3)
+    assert batches_of(first, 2) != batches_of(BatchOrder(LABELS, 8, 4, seed=2), 2)
+
+
+def test_processes_share_one_global_batch():
+    whole = batches_of(BatchOrder(LABELS, 8, 4), 1)
+    parts = [batches_of(BatchOrder(LABELS, 8, 4, rank=r, world=2), 1) for r in (0, 1)]
+    for batch, *shares in zip(whole, *parts, strict=True):
+        assert sorted(batch) == sorted(shares[0] + shares[1])
+        assert len(shares[0]) == 4
+
+
+@pytest.mark.parametrize(
+    "how", [{"batch_size": 41}, {"batch_size": 10, "per_class": 4},
+            {"batch_size": 9, "world": 2}, {"batch_size": 20, "steps": 3}],
+)  # fmt: skip
+def test_impossible_batches_are_refused(how):
+    with pytest.raises(ValueError, match="expected at least one whole batch"):
+        BatchOrder(LABELS, **how)
+
+
+class TwoMaps(nn.Module):
+    """Two maps, and a dropout that must be off."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return [self.dropout(x), x[:, :1] + 1]
+
+
+def test_outputs_are_those_of_one_batch_in_evaluation_mode(table):
+    data = CachedMaps([torch.randn(12, 4)], table)
+    network = TwoMaps().train()
+    rows = np.array([5, 1, 8, 2, 11])
+    first, second = outputs(network, data, rows, batch_size=2)
+    assert torch.equal(first, data.tensors[0][rows])
+    assert torch.equal(second, data.tensors[0][rows, :1] + 1)
+    assert network.training and network.dropout.training
+    mask = np.isin(np.arange(12), rows)
+    whole = outputs(nn.Identity(), data, mask)
+    assert (
+        torch.equal(whole, data.tensors[0][np.sort(rows)]) and not whole.requires_grad
+    )
+    with pytest.raises(ValueError, match="no rows"):
+        outputs(network, data, [])
+
+
+def test_eight_turns_are_all_different_and_keep_the_pixels():
+    image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    views = [Turned(v)(image) for v in range(8)]
+    assert len({view.tobytes() for view in views}) == 8
+    for view in views:
+        pixels = sorted(map(tuple, image.reshape(-1, 3)))
+        assert sorted(map(tuple, view.reshape(-1, 3))) == pixels
+    assert np.array_equal(views[1], np.rot90(image))
+    assert np.array_equal(views[4], image[:, ::-1])
+    assert Turned(1).identity != Turned(1, grey).identity != Turned(2, grey).identity
 
 
 def test_preprocessing_by_hand():
@@ -112,6 +203,11 @@ def test_preprocessing_by_hand():
     small = np.asarray(Image.fromarray(image).resize((2, 2), Image.Resampling.BILINEAR))
     expected = small.transpose(2, 0, 1) / 127.5 - 1
     np.testing.assert_allclose(half.numpy(), expected, atol=1e-6)
+    assert Resized(30)(np.zeros((100, 100, 3), np.uint8)).shape == (30, 30, 3)
+    with pytest.raises(ValueError, match="unknown interpolation 'cubic'; valid are"):
+        Preprocessing(interpolation="cubic")
+    with pytest.raises(ValueError, match="the deviations above 0"):
+        Preprocessing(std=(1.0, 0.0, 1.0))
 
 
 def test_grey_is_grey():
@@ -123,81 +219,3 @@ def test_grey_is_grey():
     assert abs(made[..., 0] - luma).max() <= 1
     assert (grey(made) == made).all()
     assert colour(image) is image
-
-
-def test_stain_matching_moves_a_slide_towards_the_target(table):
-    match = StainMatch.fit(table, target="usual")
-    assert match.degenerate == ("white",)
-    by_slide = {
-        slide: np.stack([patches.read_patch(r) for r in rows.to_dict("records")])
-        for slide, rows in table.groupby("slide")
-    }
-    moved = np.stack([match(p, "blue and pale") for p in by_slide["blue and pale"]])
-    goal = by_slide["usual"].mean((0, 1, 2))
-    before = abs(by_slide["blue and pale"].mean((0, 1, 2)) - goal).max()
-    after = abs(moved.mean((0, 1, 2)) - goal).max()
-    assert before > 25 and after < before / 4
-    # the target's own tiles stay what they were, up to the plane of two stains
-    own = np.stack([match(p, "usual") for p in by_slide["usual"]])
-    assert abs(own.astype(int) - by_slide["usual"]).mean() < 2
-
-
-def test_stain_fit_finds_the_stains_of_the_slide():
-    fit = fit_stains([stained(np.random.default_rng(1), PURPLE, PINK)])
-    assert not fit.degenerate
-    for found, true in zip(fit.stains, (PURPLE, PINK), strict=True):
-        cosine = found @ true / np.linalg.norm(true)
-        assert np.degrees(np.arccos(min(1, cosine))) < 8
-
-
-def test_fit_is_one_for_a_slide_not_for_a_tile(table):
-    match = StainMatch.fit(table, target="usual")
-    rows = table[table["slide"] == "blue and pale"]
-    tiles = [patches.read_patch(row) for row in rows.to_dict("records")]
-    wide = np.concatenate(tiles[-4:], axis=1)
-    together = match(wide, "blue and pale")
-    apart = np.concatenate([match(t, "blue and pale") for t in tiles[-4:]], axis=1)
-    np.testing.assert_array_equal(together, apart)
-
-
-def test_white_tiles_and_degenerate_slides_are_left_alone(table):
-    match = StainMatch.fit(table, target="usual")
-    white = np.full((16, 16, 3), 250, np.uint8)
-    assert match.untouched(white, "usual")
-    assert match(white, "usual") is white
-    dark = stained(np.random.default_rng(2), PURPLE, PINK)
-    assert not match.untouched(dark, "usual")
-    assert match.untouched(dark, "white")  # its slide could not be fitted
-    assert match(dark, "white") is dark
-
-
-def test_one_stain_is_degenerate():
-    rng = np.random.default_rng(0)
-    one = np.exp(-rng.gamma(2.0, 0.4, (64, 64, 1)) * PINK) * 255
-    assert fit_stains([np.rint(one).astype(np.uint8)]).degenerate
-
-
-def test_identity_follows_the_fit(table):
-    first, again = StainMatch.fit(table), StainMatch.fit(table)
-    assert first.identity == again.identity
-    assert StainMatch.fit(table, target="usual").identity != first.identity
-
-
-def test_bad_input(table):
-    with pytest.raises(ValueError, match="the patch table is empty"):
-        PatchDataset(table.iloc[:0])
-    with pytest.raises(ValueError, match="batch_size=0, workers=0; expected 1"):
-        loader(table, batch_size=0)
-    with pytest.raises(ValueError, match="unknown interpolation 'cubic'; valid are"):
-        Preprocessing(interpolation="cubic")
-    with pytest.raises(ValueError, match="the deviations above 0"):
-        Preprocessing(std=(1.0, 0.0, 1.0))
-    with pytest.raises(ValueError, match="'none' is not a slide of the table"):
-        StainMatch.fit(table, target="none")
-    only_white = table[table["slide"] == "white"]
-    with pytest.raises(ValueError, match="none of 1 slides shows two stains"):
-        StainMatch.fit(only_white)
-    with pytest.raises(ValueError, match="the target's stains are degenerate"):
-        StainMatch.fit(table, target="white")
-    with pytest.raises(ValueError, match=r"slide 'new' was not fitted \(3 were\)"):
-        StainMatch.fit(table)(np.zeros((2, 2, 3), np.uint8), "new")

@@ -8,12 +8,19 @@ import pytest
 from histo_utils.embeddings import Embeddings, standardise
 from histo_utils.metrics import accuracy, eta_scores
 from histo_utils.protocols import (
+    Split,
+    bench,
+    classes,
+    evaluate,
     leave_one_out,
     leave_one_patient_out,
     linear_probe,
     patient_folds,
+    published_split,
+    quarters,
     slide_bags,
     slide_search,
+    splits,
     train_gallery,
 )
 
@@ -47,6 +54,110 @@ def archive_of(patients=12, each=6, d=5, seed=0, shift=1.0):
 @pytest.fixture
 def made():
     return archive_of()
+
+
+def test_quarters_of_a_region(bench_archive):
+    found = pd.Series(quarters(bench_archive.table)).value_counts().to_dict()
+    assert found == {"upper": 64, "lower left": 32, "lower right": 32}
+    corner = quarters(bench_archive.table.query("x == 750 and y >= 500"))
+    assert "upper" in corner, "the middle is that of the patches given"
+
+
+def test_scans_train_above_validate_left_and_test_right(bench_archive):
+    table, (split,) = bench_archive.table, splits(bench_archive.table, "scan")
+    where = quarters(table)
+    assert (split.train == (where == "upper")).all()
+    assert (split.gallery == split.train).all()
+    assert (split.validation == (where == "lower left")).all()
+    assert (split.test == (where == "lower right")).all()
+    assert split.sizes() == {"train": 64, "validation": 32, "gallery": 64, "test": 32}
+    part = split.take(split.train | split.test)
+    assert part.sizes() == {"train": 64, "validation": 0, "gallery": 64, "test": 32}
+    assert classes(table, "scan").equals(table["slide"])
+    assert classes(table, "organ").equals(table["label"])
+
+
+def test_organ_splits_share_no_patient_and_test_everyone_once(bench_archive):
+    table, tested = bench_archive.table, np.zeros(128, int)
+    for split in splits(table, "organ"):
+        tested += split.test
+        train, validation, gallery, test = (set(table["patient"][m]) for m in split[1:])
+        assert not train & validation and not train & test and not validation & test
+        assert gallery == train | validation
+    assert (tested == 1).all()
+
+
+def test_bad_splits(bench_archive):
+    table = bench_archive.table
+    with pytest.raises(ValueError, match="valid are scan, organ"):
+        splits(table, "organs")
+    with pytest.raises(ValueError, match="patients in more than one"):
+        splits(table.assign(fold=np.arange(len(table)) % 5), "organ")
+
+
+def test_a_published_split_holds_a_tenth_of_its_training_patches_back():
+    rng, n = np.random.default_rng(0), 400
+    table = pd.DataFrame({
+        "label": rng.choice(list("ab"), n, p=[0.75, 0.25]),
+        "split": rng.choice(["train", "test"], n),
+    })  # fmt: skip
+    split, train = published_split(table, seed=3), table["split"] == "train"
+    assert (split.gallery == train).all() and (split.test == ~train).all()
+    assert (split.train | split.validation == train).all()
+    assert not (split.train & split.validation).any()
+    share = table["label"][split.validation].eq("b").mean()
+    assert abs(share - table["label"][train].eq("b").mean()) < 0.03
+    assert abs(split.validation.sum() - train.sum() / 10) <= 1
+    again = published_split(table, stratify=False, seed=3)
+    assert again.sizes() == split.sizes() and (again.train != split.train).any()
+    with pytest.raises(ValueError, match="expected train and test"):
+        published_split(table.assign(split="valid"))
+
+
+def test_evaluate_searches_where_it_says(bench_archive):
+    (split,) = splits(bench_archive.table, "scan")
+    out = evaluate(bench_archive, split, k=2, metric="euclidean")
+    slide = bench_archive.table["slide"]
+    assert out["query"].tolist() == np.flatnonzero(split.test).tolist()
+    assert out["label"].tolist() == slide[split.test].tolist()
+    for row in out.itertuples():
+        far = np.linalg.norm(
+            bench_archive.vectors - bench_archive.vectors[row.query], axis=1
+        )
+        far[~split.gallery] = np.inf
+        assert row.neighbours.tolist() == far.argsort()[:2].tolist()
+        assert row.neighbour_labels.tolist() == slide[row.neighbours].tolist()
+    out = evaluate(bench_archive, split, "validation")
+    assert out["query"].tolist() == np.flatnonzero(split.validation).tolist()
+    assert split.train[np.concatenate(out["neighbours"])].all()
+
+
+def test_evaluate_joins_splits_and_takes_vectors_of_each(bench_archive):
+    organ, table = splits(bench_archive.table, "organ"), bench_archive.table
+    known = patient_folds(bench_archive, 1, metric="cosine")
+    pd.testing.assert_frame_equal(evaluate(bench_archive, organ), known)
+    other = Embeddings(bench_archive.vectors[::-1].copy(), table)
+    mixed = evaluate([other, *[bench_archive] * 3], organ)
+    first = organ[0].test
+    assert mixed[~first].equals(known[~first]) and not mixed[first].equals(known[first])
+
+
+def test_the_bench_has_every_protocol_in_one_table(bench_archive):
+    out = bench(bench_archive, k=3, metric="euclidean")
+    sizes = {"scan_leave_one_out": 128, "scan_not_touching": 128, "organ": 128}
+    sizes |= {"scan_validation": 32, "scan_split": 32, "scan_split_not_touching": 32}
+    assert out["protocol"].value_counts().to_dict() == sizes
+    hit = (
+        out.assign(hit=out["label"] == out["predicted"])
+        .groupby("protocol")["hit"]
+        .mean()
+    )
+    assert hit["scan_not_touching"] <= hit["scan_leave_one_out"]
+    organ = out[out["protocol"] == "organ"]
+    patients = bench_archive.table["patient"].to_numpy()
+    near = np.stack(organ["neighbours"])
+    assert (patients[near] != patients[organ["query"]][:, None]).all()
+    assert Split._fields == ("task", "train", "validation", "gallery", "test")
 
 
 @pytest.mark.parametrize("exclude", ["self", "slide", "patient"])
@@ -159,7 +270,7 @@ def test_each_fold_may_have_vectors_of_its_own(made):
         for row in np.flatnonzero(fold == value):
             far = np.linalg.norm(own.vectors[others] - own.vectors[row], axis=1)
             assert out["neighbours"][row].tolist() == others[far.argsort()[:2]].tolist()
-    with pytest.raises(ValueError, match=f"1 Embeddings for {len(values)} folds"):
+    with pytest.raises(ValueError, match=f"{len(values)} folds, for 1 Embeddings"):
         patient_folds(each[:1], 2)
 
 
@@ -332,7 +443,7 @@ def test_slide_search_bad_input(made):
     bags, table = slide_bags(made)
     with pytest.raises(ValueError, match="expected 'slide' or 'patient'"):
         slide_search(bags, table, 3, "self")
-    with pytest.raises(ValueError, match="one row a slide"):
+    with pytest.raises(ValueError, match="one row per slide"):
         slide_search(bags[1:], table, 3)
     with pytest.raises(ValueError, match="k=23 is larger than the 22 items"):
         slide_search(bags, table, 23)

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric import Fabric
-from small_run import data, parts, run
+from small_run import batches, data, parts, run
 from torch import nn
 
-from histo_utils.batches import StoredInputs, training_batches
 from histo_utils.losses import MultiSimilarityLoss
 from histo_utils.training import fit, run_folder
 
@@ -78,7 +77,7 @@ def test_two_processes_see_the_global_batch(tmp_path):
 def test_half_a_global_batch_has_another_loss(tmp_path):
     """What the two processes would report if each saw its own half only."""
     network, _, _ = parts(dropout=0.0)
-    batch = next(iter(training_batches(data(), 16, 4, seed=1)))
+    batch = next(iter(batches(16, 4, seed=1)))
     loss = MultiSimilarityLoss()
     outputs, labels = network(batch[0]), batch[1]
     halves = [float(loss(outputs[i::2], labels[i::2]).detach()) for i in (0, 1)]
@@ -87,16 +86,16 @@ def test_half_a_global_batch_has_another_loss(tmp_path):
 
 def test_one_step_is_the_plain_step_by_hand(tmp_path):
     network, optimizer, _ = parts(dropout=0.0)
-    batches = training_batches(data(), 16, 4, steps=1, seed=1)
-    batches.batch_sampler.set_epoch(1)
-    inputs, labels = next(iter(batches))
+    fed = batches(16, 4, steps=1, seed=1)
+    fed.batch_sampler.set_epoch(1)
+    inputs, labels = next(iter(fed))
     by_hand, plain, _ = parts(dropout=0.0)
     value = MultiSimilarityLoss()(by_hand(inputs), labels)
     value.backward()
     nn.utils.clip_grad_norm_(by_hand.parameters(), 0.01)
     plain.step()
     fitted = fit(
-        network, MultiSimilarityLoss(), batches, optimizer=optimizer, epochs=1,
+        network, MultiSimilarityLoss(), fed, optimizer=optimizer, epochs=1,
         folder=tmp_path, clip=0.01, progress=False,
     )  # fmt: skip
     assert fitted.history["loss"][0] == pytest.approx(float(value.detach()), abs=1e-6)
@@ -113,7 +112,7 @@ def test_the_best_epoch_comes_back_and_patience_ends_the_run(tmp_path):
         return next(scores)
 
     fitted = fit(
-        network, MultiSimilarityLoss(), training_batches(data(), 16, 4),
+        network, MultiSimilarityLoss(), batches(16, 4),
         optimizer=optimizer, epochs=5, folder=tmp_path, validate=validate, patience=2,
         progress=False,
     )  # fmt: skip
@@ -128,11 +127,10 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     before = (tmp_path / "last.pt").read_bytes()
     network, optimizer, schedule = parts()
     broken = data()
-    broken.views[0][7] = torch.nan
-    broken.views[1][7] = torch.nan
+    broken.tensors[0][7] = broken.tensors[1][7] = torch.nan
     with pytest.raises(FloatingPointError, match=r"epoch 3.*last good checkpoint is"):
         fit(
-            network, MultiSimilarityLoss(), training_batches(broken, 16, 4, seed=1),
+            network, MultiSimilarityLoss(), batches(16, 4, of=broken, seed=1),
             optimizer=optimizer, schedule=schedule, epochs=4, folder=tmp_path,
             progress=False,
         )  # fmt: skip
@@ -168,7 +166,7 @@ def test_parts_stay_in_the_mode_they_were_given_in(tmp_path):
     optimizer = torch.optim.SGD(network[2].parameters(), lr=0.01)
     modes = []
     fit(
-        network, nn.CrossEntropyLoss(), training_batches(data(), 16),
+        network, nn.CrossEntropyLoss(), batches(16),
         optimizer=optimizer, epochs=2, folder=tmp_path, progress=False,
         validate=lambda n: modes.append([p.training for p in n.modules()]) or 0.0,
     )  # fmt: skip
@@ -181,9 +179,9 @@ def test_a_zero_loss_takes_no_step(tmp_path):
     network, _, _ = parts(dropout=0.0)
     before = {k: v.clone() for k, v in network.state_dict().items()}
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, weight_decay=0.5)
-    alone = StoredInputs(data().views, np.arange(48))  # no positives: no valid anchor
+    alone = batches(16, labels=np.arange(48))  # no positives: no valid anchor
     fitted = fit(
-        network, MultiSimilarityLoss(), training_batches(alone, 16),
+        network, MultiSimilarityLoss(), alone,
         optimizer=optimizer, epochs=1, folder=tmp_path, progress=False,
     )  # fmt: skip
     assert all(
@@ -201,7 +199,7 @@ def test_mixed_precision_computes_the_loss_in_float32(tmp_path):
 
     network, optimizer, _ = parts()
     fitted = fit(
-        network, Watching(), training_batches(data(), 16, 4), optimizer=optimizer,
+        network, Watching(), batches(16, 4), optimizer=optimizer,
         epochs=1, folder=tmp_path, progress=False,
         fabric=Fabric(accelerator="cpu", devices=1, precision="bf16-mixed"),
     )  # fmt: skip
