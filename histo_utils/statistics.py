@@ -51,8 +51,9 @@ def score_table(
     -------
     pandas.DataFrame
         Indexed by ``by``: ``score``, ``low`` and ``high`` (95 %, bootstrap over
-        patients and seeds, the gallery fixed; NaN for fewer than two patients), ``n``
-        (patients), ``queries`` (per seed) and ``seeds`` (the score of each).
+        patients and seeds, the gallery fixed; NaN where there are not two patients, or
+        none is known), ``n`` (patients), ``queries`` (per seed) and ``seeds`` (the
+        score of each).
 
     Raises
     ------
@@ -113,12 +114,16 @@ def compare_table(
     means = {}
     for name, part in _groups(outcomes, ["system", *by]):
         values, patients = _values(part, value)
+        if pd.isna(patients).all():
+            patients = ["unknown"] * len(patients)
         means[name] = pd.Series(values.mean(axis=0)).groupby(patients).mean()
     rows = {}
     for (system, *rest), mean in means.items():
         other = means.get((reference, *rest))
         if system != reference and other is not None:
             rows[(system, *rest)] = compare(mean, other, seed=seed)
+            if list(mean.index) == ["unknown"]:
+                rows[(system, *rest)]["n"] = 0
     table = _table(rows, ["system", *by])
     if len(table):
         keys = [table.index.get_level_values(c) for c in _listed(family or [])]
@@ -135,7 +140,7 @@ def score(values, patients, labels=None, *, n_boot=2000, seed=0) -> dict:
     values : (n,) or (seeds, n) array
         One value per query, or a row of them per seed.
     patients : (n,) array
-        Drawn with replacement, with all their queries.
+        Drawn with replacement, with all their queries; all missing: no interval.
     labels : (n,) array, optional
         Average over labels of each label's mean (macro).
     n_boot, seed : int
@@ -146,6 +151,8 @@ def score(values, patients, labels=None, *, n_boot=2000, seed=0) -> dict:
     0.75
     """
     values = np.atleast_2d(np.asarray(values, float))
+    unknown = pd.isna(pd.Series(patients)).all()
+    patients = ["unknown"] * values.shape[1] if unknown else patients
     _, codes, n = _grouped(values[0], patients, least=1)
     _check_numbers(values)
     groups = np.zeros(len(codes), int) if labels is None else pd.factorize(labels)[0]
@@ -171,7 +178,8 @@ def score(values, patients, labels=None, *, n_boot=2000, seed=0) -> dict:
         low, high = (float(q) for q in np.quantile(spread, [0.025, 0.975]))
     each = mean_over_labels(sums.sum(axis=1), size.sum(axis=0))
     return {
-        "score": float(each.mean()), "low": low, "high": high, "n": n,
+        "score": float(each.mean()), "low": low, "high": high,
+        "n": 0 if unknown else n,
         "queries": values.shape[1], "seeds": each.tolist(),
     }  # fmt: skip
 
@@ -196,7 +204,8 @@ def compare(a, b, patients=None, *, n_flips=10_000, seed=0) -> dict:
     -------
     dict
         ``difference``, ``low`` and ``high`` (bootstrap over patients), ``p`` (sign
-        flip, two-sided), ``n`` (patients), ``detectable`` (`detectable_difference`).
+        flip, two-sided), ``n`` (patients), ``detectable`` (`detectable_difference`); of
+        one patient the difference alone, all else NaN.
     """
     if isinstance(a, pd.Series) and isinstance(b, pd.Series) and patients is None:
         a, b = a.align(b, join="inner")
@@ -207,6 +216,9 @@ def compare(a, b, patients=None, *, n_flips=10_000, seed=0) -> dict:
             "the same queries, in the same order"
         )
     each = _group_means(a - b, patients)
+    if len(each) < 2:
+        nothing = dict.fromkeys(("low", "high", "p", "detectable"), float("nan"))
+        return {"difference": float(each.mean()), "n": len(each)} | nothing
     # sums that are equal but for rounding count as equal
     flipped = stats.permutation_test(
         (np.round(each, 12),), lambda x, axis: x.mean(axis=axis), vectorized=True,
@@ -280,16 +292,20 @@ def bootstrap_ci(values, groups=None, n_boot=2000, level=0.95, seed=0, statistic
 
 
 def holm(p_values) -> np.ndarray:
-    """Adjust p values for their number (Holm 1979); same order, at most 1.
+    """Adjust p values for their number (Holm 1979); same order, at most 1; NaN stays.
 
     Examples
     --------
     >>> holm([0.01, 0.04, 0.03]).round(3).tolist()
     [0.03, 0.06, 0.06]
     """
-    p = np.asarray(p_values, float)
-    if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
+    p = np.array(p_values, float)
+    if p.ndim != 1 or not ((p >= 0) & (p <= 1) | np.isnan(p)).all():
         raise ValueError(f"p values are {p_values}; expected a list of numbers 0–1")
+    if np.isnan(p).any():  # comparisons without a test are no part of the family
+        known = ~np.isnan(p)
+        p[known] = holm(p[known])
+        return p
     order = np.argsort(p, kind="stable")
     steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
     adjusted = np.empty_like(p)
@@ -377,6 +393,8 @@ def _text(value):
             return f"{value['score']:.3f}"
         return "{score:.3f}\u00a0[{low:.2f},\u00a0{high:.2f}]".format(**value)
     p = value.get("p_holm", value["p"])
+    if p is None or np.isnan(p):  # NaN becomes null in results files
+        return "{difference:+.3f}".format(**value)
     p = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
     line = "{difference:+.3f} [{low:+.2f},\u00a0{high:+.2f}]; {p}; ±{detectable:.2f}"
     return line.format(**value | {"p": p})
@@ -460,5 +478,5 @@ def _grouped(values, groups, least=2):
 
 
 def _group_means(values, groups):
-    values, codes, _ = _grouped(values, groups)
+    values, codes, _ = _grouped(values, groups, least=1)
     return np.bincount(codes, values) / np.bincount(codes)

@@ -67,7 +67,7 @@ def fit(
     loss : torch.nn.Module
         ``loss(outputs, labels)``; may have parameters of its own.
     batches : torch.utils.data.DataLoader
-        Of (inputs, labels), from `batches.training_batches`.
+        Of (inputs, labels), from `loaders.training_batches`.
     optimizer : torch.optim.Optimizer
         Over the parameters to train; those of the loss among them if it has any.
     epochs : int
@@ -77,7 +77,7 @@ def fit(
         Stepped at the end of an epoch.
     validate : callable, optional
         ``validate(network)`` -> number, higher is better, after each epoch with the
-        network in evaluation mode. Chooses the best epoch; without it, the last.
+        network in evaluation mode; it decides the best epoch (default: the last).
     patience : int, optional
         Stop after so many epochs without a better one.
     clip : float, optional

@@ -84,9 +84,21 @@ def test_value_is_a_metric_or_a_column(outcomes):
         score_table(outcomes, by="organ")
 
 
-def test_one_patient_has_a_score_and_no_interval():
-    row = score([1, 0], ["a", "a"])
-    assert row["score"] == 0.5 and np.isnan([row["low"], row["high"]]).all()
+def test_one_patient_or_none_known_has_a_score_and_no_interval(outcomes):
+    for patients, n in (["a", "a"], 1), ([None, None], 0):
+        row = score([1, 0], patients)
+        assert row["score"] == 0.5 and row["n"] == n
+        assert np.isnan([row["low"], row["high"]]).all()
+    with pytest.raises(ValueError, match="value 1 has no group"):
+        score([1, 0], ["a", None])
+    row = compare_table(outcomes.assign(patient=None), reference="b").iloc[0]
+    hit = (
+        (outcomes["label"] == outcomes["predicted"]).groupby(outcomes["system"]).mean()
+    )
+    assert row["difference"] == pytest.approx(hit["a"] - hit["b"])
+    assert np.isnan(row["p_holm"]) and row["n"] == 0
+    cell = report({"x": {"gap": row.to_dict()}}).loc["x", "gap"]
+    assert cell == f"{row['difference']:+.3f}"
 
 
 def test_compare_table_pairs_patients_and_corrects_families(outcomes):
@@ -224,8 +236,9 @@ def test_holm_by_hand():
     np.testing.assert_allclose(holm(p), [0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]).tolist() == [1, 1]
     assert holm([]).tolist() == []
+    np.testing.assert_allclose(holm([0.04, np.nan, 0.03]), [0.06, np.nan, 0.06])
     with pytest.raises(ValueError, match="numbers 0–1"):
-        holm([0.1, np.nan])
+        holm([0.1, 1.5])
 
 
 @settings(max_examples=30, deadline=None)
