@@ -1,7 +1,6 @@
-"""Pitfalls: what makes a retrieval score too good, each as a number.
+"""Confounders: what else than the label a neighbour shares with its query.
 
-Copies and ties, touching patches, sites and preparations, and patches taken for
-independent. Functions return one value a query; `bench.scored` adds the interval.
+Functions return one value per query; `statistics.score` adds the interval.
 """
 
 from __future__ import annotations
@@ -9,11 +8,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from scipy import stats
-from scipy.spatial.distance import cdist
 
-from histo_utils import patches, protocols
+from histo_utils import protocols
 from histo_utils.embeddings import Embeddings
-from histo_utils.search import minmax_barcode
+
+RULES = ("colour", "preparation", "related", "ambiguous")
 
 
 def nearest(outcomes: pd.DataFrame) -> np.ndarray:
@@ -22,69 +21,22 @@ def nearest(outcomes: pd.DataFrame) -> np.ndarray:
 
 
 def agrees(outcomes: pd.DataFrame, values) -> np.ndarray:
-    """Whether each query's nearest agrees with it; one value a patch of the table.
-
-    For searches of a table in itself, such as `protocols.leave_one_patient_out`.
-    """
+    """Whether each query's nearest agrees with it; values of the one table searched."""
     values = np.asarray(values)
-    return values == values[nearest(outcomes)]
+    return values[outcomes["query"]] == values[nearest(outcomes)]
 
 
-def touching(table: pd.DataFrame) -> np.ndarray:
-    """Whether each pair of patches overlaps or touches; bool (n, n)."""
-    pairs = patches.touching_pairs(table)
-    found = np.zeros((len(table), len(table)), bool)
-    found[pairs[:, 0], pairs[:, 1]] = found[pairs[:, 1], pairs[:, 0]] = True
-    return found
+def by_chance(table: pd.DataFrame, column: str, within: str | None = None):
+    """Share of other patients' patches that agree with each patch in a column; (n,).
 
-
-def plant_copies(embeddings: Embeddings, share: float, seed: int = 0) -> Embeddings:
-    """Replace vectors of the second half by copies from the first, labels differing.
-
-    As when one image was filed under two classes. ``share`` of all rows become copies,
-    at most as many as have another label than their partner.
+    What the nearest neighbour would score if it were drawn at random from the other
+    patients, or with ``within`` from those of them that agree in that column too; NaN
+    where there are none.
     """
-    half, label = len(embeddings) // 2, embeddings.table["label"].to_numpy()
-    differ = np.flatnonzero(label[:half] != label[half : 2 * half])
-    chosen = np.random.default_rng(seed).permutation(differ)
-    chosen = chosen[: round(share * len(embeddings))]
-    vectors = embeddings.vectors.copy()
-    vectors[chosen + half] = vectors[chosen]
-    return Embeddings(vectors, embeddings.table)
-
-
-def by_position(embeddings: Embeddings) -> np.ndarray:
-    """Whether the label at rank position 1 is right, position 0 taken for the query.
-
-    The rule of easonyang1996/DML_HistoImgRetrieval at commit 9b01805 (there on cosine
-    similarities, here on Euclidean distances); equal distances by row.
-    """
-    label = embeddings.table["label"].to_numpy()
-    order = np.argsort(cdist(embeddings.vectors, embeddings.vectors), 1, kind="stable")
-    return label[order[:, 1]] == label
-
-
-def barcode_ties(embeddings: Embeddings) -> dict:
-    """Judge the nearest barcode of another patient where several are equally near.
-
-    Returns
-    -------
-    dict of (n,) arrays
-        ``tied`` (more than one is nearest), and the score of each query if all of them
-        must be right (``worst``), by the lower row (``lower_row``), if one is drawn
-        (``expected``), and if one right suffices (``best``).
-    """
-    bits, table = minmax_barcode(embeddings.vectors).astype(bool), embeddings.table
-    label = table["label"].to_numpy()
-    far = cdist(bits, bits, "hamming")
-    far[_same(table, "patient")] = np.inf
-    near = far == far.min(axis=1, keepdims=True)
-    share = (near & _same(table, "label")).sum(axis=1) / near.sum(axis=1)
-    return {
-        "tied": near.sum(axis=1) > 1, "worst": share == 1,
-        "lower_row": label[far.argmin(axis=1)] == label,
-        "expected": share, "best": share > 0,
-    }  # fmt: skip
+    may = ~_same(table, "patient")
+    may = may & _same(table, within) if within else may
+    agree, allowed = (may & _same(table, column)).sum(axis=1), may.sum(axis=1)
+    return np.where(allowed > 0, agree / np.maximum(allowed, 1), np.nan)
 
 
 def false_alarms(differences, groups, n: int = 2000, level=0.05, seed: int = 0) -> dict:
@@ -108,13 +60,13 @@ def within_and_across(embeddings: Embeddings, column: str, **how) -> pd.DataFram
     """Search other patients that share a column's value, and those that do not.
 
     What a score loses *across* sites or preparations, beyond what it loses by chance,
-    is what it owed to them. Only queries whose label other patients have on both sides
-    are asked, the same ones both times.
+    is what it owed to them. Queried are only patches whose label other patients have on
+    both sides, the same ones both times. ``how``: `protocols.train_gallery`.
 
     Returns
     -------
     DataFrame
-        One row a query: ``query`` (its row), ``patient``, ``within`` and ``across``
+        One row per query: ``query`` (its row), ``patient``, ``within`` and ``across``
         (1 where the nearest had the label), ``chance_within``, ``chance_across``.
 
     Raises
@@ -123,56 +75,43 @@ def within_and_across(embeddings: Embeddings, column: str, **how) -> pd.DataFram
         If no label occurs on both sides: the column and the label are nested.
     """
     table = embeddings.table
-    value, label = table[column].to_numpy(), table["label"].to_numpy()
-    others = ~_same(table, "patient")
-    alike, right = _same(table, column), _same(table, "label")
-    sides = {"within": others & alike, "across": others & ~alike}
-    asked = np.all([(may & right).any(axis=1) for may in sides.values()], axis=0)
-    if not asked.any():
+    value, label = table[column].to_numpy().astype(str), table["label"].to_numpy()
+    others, alike = ~_same(table, "patient"), _same(table, column)
+    right, sides = _same(table, "label"), {"within": alike, "across": ~alike}
+    both = [(others & side & right).any(axis=1) for side in sides.values()]
+    rows = np.flatnonzero(np.all(both, axis=0))
+    if not len(rows):
         raise ValueError(
             f"no label occurs with two values of {column!r} in other patients: the two "
-            "are nested, and what either contributes cannot be told apart"
+            "are nested, and what either contributes cannot be separated"
         )
-    rows = np.flatnonzero(asked)
     found = pd.DataFrame({"query": rows, "patient": table["patient"].to_numpy()[rows]})
     for side, may in sides.items():
         hit = np.zeros(len(table))
-        for name in np.unique(value[asked].astype(str)):
-            here = value.astype(str) == name
-            queries, gallery = np.flatnonzero(asked & here), here == (side == "within")
+        for name in np.unique(value[rows]):
+            queries = rows[value[rows] == name]
+            gallery = (value == name) == (side == "within")
             near = protocols.train_gallery(
                 embeddings.take(queries), embeddings.take(gallery), 1, "patient",
                 allow_shared_patients=True, **how,
             )  # fmt: skip
             hit[queries] = near["predicted"].to_numpy() == label[queries]
+        may = (others & may)[rows]
         found[side] = hit[rows]
-        found[f"chance_{side}"] = ((may & right).sum(1)[rows]) / may.sum(1)[rows]
+        found[f"chance_{side}"] = (may & right[rows]).sum(axis=1) / may.sum(axis=1)
     return found
 
 
-def by_chance(table: pd.DataFrame, column: str, within: str | None = None):
-    """Share of other patients' patches that agree with each patch in a column; (n,).
-
-    What the nearest neighbour would score if it were drawn at random from the other
-    patients, or with ``within`` from those of them that agree in that column too; NaN
-    where there are none.
-    """
-    may = ~_same(table, "patient")
-    may = may & _same(table, within) if within else may
-    agree, allowed = (may & _same(table, column)).sum(axis=1), may.sum(axis=1)
-    return np.where(allowed > 0, agree / np.maximum(allowed, 1), np.nan)
-
-
-def nesting(table: pd.DataFrame, column: str) -> dict:
-    """Count what could tell a column (site) from the label, over patients.
+def nesting(table: pd.DataFrame, column: str, label: str = "label") -> dict:
+    """Count what could separate a column (site) from the label, over patients.
 
     Pairs of patients with the same value and other labels are the contrast that is
     needed; where there are none, the column is nested in the label.
     """
     first = table.drop_duplicates("patient")
     pairs = np.triu_indices(len(first), 1)
-    alike, right = _same(first, column)[pairs], _same(first, "label")[pairs]
-    labels = first.groupby(column)["label"].nunique()
+    alike, right = _same(first, column)[pairs], _same(first, label)[pairs]
+    labels = first.groupby(column)[label].nunique()
     return {
         "values": len(labels), "values_with_one_label": int((labels == 1).sum()),
         "same_value_same_label": int((alike & right).sum()),
@@ -182,48 +121,28 @@ def nesting(table: pd.DataFrame, column: str) -> dict:
     }  # fmt: skip
 
 
-def _same(table, name):
-    values = table[name].to_numpy()
-    return values[:, None] == values
-
-
-RULES = ("colour", "preparation", "related", "ambiguous")
-
-
 def causes(
     outcomes, other, table, column="preparation", related=(), fold="fold", k=5
 ) -> pd.DataFrame:
     """Which rules fit each wrong hit of a search across patient folds.
 
     ``colour``: the colour histogram's nearest is of the same slide as the wrong hit.
-    ``preparation``: query and wrong hit agree in a column, while the right label could
-    have been found with another value of it. ``related``: the two labels are named as
-    hard to tell apart. ``ambiguous``: of the k nearest, at least as many have the right
+    ``preparation``: query and wrong hit agree in ``column``, while the right label has
+    patches with another value of it. ``related``: the two labels are in one collection
+    of ``related``. ``ambiguous``: of the k nearest, at least as many have the right
     label as the wrong one. ``none``: no rule fits.
 
     Parameters
     ----------
     outcomes, other : outcomes of `protocols.patient_folds`
-        Of the system, and of the histogram; the same queries.
-    table : pandas.DataFrame
-        The patch table that neighbours are rows of.
-    column : str
-    related : iterable of collections of str
-        Labels that belong together.
-    fold : str
-    k : int
+        Of the system, and of the histogram; the same queries, rows of ``table``.
 
     Returns
     -------
     DataFrame
-        One row a wrong hit: ``query``, ``patient``, the rules (bool), ``none``, and
+        One row per wrong hit: ``query``, ``patient``, the rules (bool), ``none``, and
         ``chance_colour``, ``chance_preparation``, ``chance_related``: the share of all
         wrong patches that the query might have found for which the rule holds.
-
-    Raises
-    ------
-    ValueError
-        Outcomes of other queries.
     """
     if not outcomes["query"].equals(other["query"]):
         raise ValueError(
@@ -234,18 +153,16 @@ def causes(
         table[name].to_numpy() for name in ("label", "slide", column, fold)
     )
     missed = outcomes[outcomes["label"] != outcomes["predicted"]]
-    q = missed["query"].to_numpy()
-    hit = np.stack(missed["neighbours"].to_list())[:, 0]
-    histogram = np.stack(other.loc[missed.index, "neighbours"].to_list())[:, 0]
+    q, hit = missed["query"].to_numpy(), nearest(missed)
+    histogram = nearest(other.loc[missed.index])
 
-    may = folds[q][:, None] != folds
     alike = label[q][:, None] == label
+    may, same_value = folds[q][:, None] != folds, value[q][:, None] == value
     family = {name: i for i, names in enumerate(related) for name in names}
     families = np.array([family.get(name, -1) for name in label])
-    elsewhere = (may & alike & (value[q][:, None] != value)).any(axis=1)
     fits = {
         "colour": slide[histogram][:, None] == slide,
-        "preparation": (value[q][:, None] == value) & elsewhere[:, None],
+        "preparation": same_value & (may & alike & ~same_value).any(1, keepdims=True),
         "related": (families[q][:, None] == families) & (families >= 0),
     }
     near = np.stack(missed["neighbour_labels"].to_list())[:, :k]
@@ -262,26 +179,11 @@ def causes(
 
 
 def centred(embeddings: Embeddings, gallery, by: str | None = None) -> Embeddings:
-    """Subtract the gallery's mean vector, or that of each group (preparation).
+    """Subtract the gallery's mean vector, or that of each group (batch correction).
 
-    The means are those of gallery rows alone; queries are moved by them too. What a
-    group's patches have in common is gone afterwards, be it the preparation or a class
-    that only occurs in it.
-
-    Parameters
-    ----------
-    embeddings : Embeddings
-        Of queries and gallery.
-    gallery : (n,) bool array
-        Rows that the means are taken of.
-    by : str, optional
-        Column with the group of each row; one mean for all if not given.
-
-    Raises
-    ------
-    ValueError
-        A mask of another length, without rows; a column that is not there; a group
-        without gallery rows.
+    The means are those of gallery rows alone (``gallery``: bool mask); queries are
+    moved by them too. What a group's patches have in common is gone afterwards, be it
+    the preparation or a class that only occurs in it. ``by``: column of the groups.
 
     Examples
     --------
@@ -311,3 +213,8 @@ def centred(embeddings: Embeddings, gallery, by: str | None = None) -> Embedding
             )
         vectors[mine] -= vectors[mine & gallery].mean(axis=0)
     return Embeddings(vectors.astype(np.float32), table)
+
+
+def _same(table, name):
+    values = table[name].to_numpy()
+    return values[:, None] == values

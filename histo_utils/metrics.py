@@ -1,14 +1,15 @@
-"""Numbers from outcomes, with the interval that belongs to them.
+"""Retrieval metrics, and published scores as they were computed.
 
 The retrieval metrics take outcomes (:mod:`histo_utils.protocols`) and return the mean
-over queries, or with ``per_query=True`` one value a query, for `bootstrap_ci` and
-`paired_sign_flip`. The unit of n is the patient: pass ``groups=outcomes["patient"]``.
+over queries, or with ``per_query=True`` one value per query, as `score_table` and
+`compare_table` (:mod:`histo_utils.statistics`) need them.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+from sklearn.metrics import confusion_matrix
 
 _CELLS = 2**22  # numbers held at once
 
@@ -58,8 +59,7 @@ def mean_average_precision(outcomes, k=None, per_query=False):
     """Mean average precision of the ranked lists of length k (default: all kept).
 
     AP = Σ P@i over the right places i ≤ k, divided by the number of right places among
-    the k; 0 where there is none. Lists are judged by their order alone: what was not
-    found costs nothing (`map_at_r` counts it).
+    the k; 0 where there is none. What was not found costs nothing (see `map_at_r`).
     """
     hits = _hits(outcomes, k)
     precision = np.cumsum(hits, axis=1) / np.arange(1, hits.shape[1] + 1)
@@ -70,12 +70,8 @@ def mean_average_precision(outcomes, k=None, per_query=False):
 def map_at_r(outcomes, per_query=False):
     """MAP@R: average precision of the R nearest, divided by R (Musgrave et al. 2020).
 
-    R is ``relevant``, the number of right items that the query may find.
-
-    Raises
-    ------
-    ValueError
-        Where fewer than R neighbours were kept: the value would come out too low.
+    R is ``relevant``, the number of right items that the query may find; fewer than R
+    neighbours are an error, since the value would come out too low.
     """
     hits = _hits(outcomes, None)
     r = outcomes["relevant"].to_numpy(dtype=np.int64)
@@ -102,15 +98,15 @@ def eta_scores(y_true, y_pred, n_classes):
     -------
     (eta_p, eta_w, eta_total) : floats, 0–1
 
-    Notes
-    -----
-    Babaie et al. 2017: η_p = Σ|R∩Γ_s|/n, η_w = (1/S)·Σ|R∩Γ_s|/n_s. One of the two
-    official scripts computes something else: `official_python_scorer`.
-
     Raises
     ------
     ValueError
         A class without test items, labels outside the classes, unequal lengths.
+
+    Notes
+    -----
+    Babaie et al. 2017: η_p = Σ|R∩Γ_s|/n, η_w = (1/S)·Σ|R∩Γ_s|/n_s, the balanced
+    accuracy. One of the two official scripts differs: `official_python_scorer`.
     """
     confusion = _confusion(y_true, y_pred, n_classes)
     right = np.diag(confusion)
@@ -121,9 +117,9 @@ def official_python_scorer(y_true, y_pred, n_classes):
     """η as ``CalculateError.py`` computes it: mean **precision** in place of recall.
 
     KimiaLab/KimiaPath24 at commit cb676c0 divides by the column sums of a matrix whose
-    rows are the truth; its MATLAB twin, and the paper, divide by the true counts. Kept
-    to reproduce published numbers. Parameters, values and errors: `eta_scores`, and an
-    error for a class that is never predicted (the script divides by zero).
+    rows are the truth; its MATLAB twin, and the paper, divide by the true counts. Used
+    as `eta_scores`; a class that is never predicted is an error (the script divides by
+    zero).
     """
     confusion = _confusion(y_true, y_pred, n_classes)
     right, predicted = np.diag(confusion), confusion.sum(axis=0)
@@ -164,7 +160,6 @@ def cumulative_cutoff_score(vectors, labels):
     if vectors.ndim != 2 or len(vectors) != len(codes) or not len(codes):
         raise ValueError(
             f"vectors of shape {vectors.shape} for {len(codes)} labels; expected (n, d)"
-            " and n labels"
         )
     if not np.isfinite(vectors).all():
         row = int((~np.isfinite(vectors)).any(axis=1).argmax())
@@ -186,13 +181,13 @@ def cumulative_cutoff_score(vectors, labels):
 
 def _mean_or_all(values, per_query):
     if len(values) == 0:
-        raise ValueError("there are no outcomes; expected one row a query at least")
+        raise ValueError("there are no outcomes; expected one row per query")
     return values if per_query else float(values.mean())
 
 
 def _neighbour_labels(outcomes, k):
     if len(outcomes) == 0:
-        raise ValueError("there are no outcomes; expected one row a query at least")
+        raise ValueError("there are no outcomes; expected one row per query")
     if outcomes["neighbour_labels"].iloc[0] is None:
         raise ValueError(
             "these outcomes come from a classifier and have no neighbours; use accuracy"
@@ -221,27 +216,21 @@ def _confusion(y_true, y_pred, n_classes):
             f"y_true has shape {y_true.shape}, y_pred {y_pred.shape}; expected two "
             "lists of the same length, not empty"
         )
-    if not (np.issubdtype(y_true.dtype, np.integer)):
-        names = pd.Index(pd.unique(pd.Series(y_true))).sort_values()
-        if len(names) != n_classes:
-            raise ValueError(
-                f"y_true holds {len(names)} of {n_classes} classes; a class without "
-                "test items has no recall: leave it out of n_classes or add items"
-            )
-        strange = ~np.isin(y_pred, y_true)
-        if strange.any():
-            raise ValueError(
-                f"y_pred holds {str(y_pred[strange.argmax()])!r}, not a class of y_true"
-            )
-        y_true, y_pred = names.get_indexer(y_true), names.get_indexer(y_pred)
+    numbers = np.issubdtype(y_true.dtype, np.integer)
+    classes = np.arange(n_classes) if numbers else np.unique(y_true)
+    if len(classes) != n_classes:
+        raise ValueError(
+            f"y_true holds {len(classes)} of {n_classes} classes; a class without "
+            "test items has no recall: leave it out of n_classes or add items"
+        )
     for name, y in (("y_true", y_true), ("y_pred", y_pred)):
-        outside = y[(y < 0) | (y >= n_classes)]
-        if outside.size:
+        strange = y[~np.isin(y, classes)]
+        if strange.size:
             raise ValueError(
-                f"{name} holds {outside[0]}, outside the classes 0 … {n_classes - 1}"
+                f"{name} holds {strange.tolist()[0]!r}, which is not one of the "
+                f"classes {classes[0]} … {classes[-1]}"
             )
-    confusion = np.zeros((n_classes, n_classes), np.int64)
-    np.add.at(confusion, (y_true, y_pred), 1)
+    confusion = confusion_matrix(y_true, y_pred, labels=classes)
     empty = confusion.sum(axis=1) == 0
     if empty.any():
         raise ValueError(

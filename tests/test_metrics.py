@@ -63,7 +63,7 @@ def by_loops(outcomes, k):
     return np.array(rows).T
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(cases, st.integers(1, 8), st.integers(1, 4), st.booleans())
 def test_metrics_equal_loops(seed, k, classes, names):
     out = outcomes_of(seed, classes=classes, names=names)
@@ -216,23 +216,16 @@ def test_eta_bad_input(score):
         score([0, 0, 2], [0, 1, 2], 3)
     with pytest.raises(ValueError, match="y_true holds 2 of 3 classes"):
         score(["a", "b"], ["a", "b"], 3)
-    with pytest.raises(ValueError, match="y_pred holds 'c', not a class of y_true"):
+    with pytest.raises(ValueError, match="y_pred holds 'c', which is not one"):
         score(["a", "b"], ["a", "c"], 2)
-    with pytest.raises(ValueError, match="y_pred holds 3, outside the classes 0 … 1"):
+    with pytest.raises(
+        ValueError, match="y_pred holds 3, which is not one of the classes 0 … 1"
+    ):
         score([0, 1], [0, 3], 2)
     with pytest.raises(ValueError, match="two lists of the same length"):
         score([0, 1], [0], 2)
     with pytest.raises(ValueError, match="never predicted"):
         official_python_scorer([0, 1], [0, 0], 2)
-
-
-def test_table_of_kieffer_does_not_multiply(golden):
-    table = json.loads((golden / "kieffer_table1.json").read_text())
-    off = {
-        name: abs(p * w / 100 - total)
-        for name, (p, w, total) in table["kieffer2017_table1_percent"].items()
-    }
-    assert [name for name, error in off.items() if error > 0.02] == ["CNN1"]
 
 
 def test_cutoff_score_of_random_vectors(golden):

@@ -1,0 +1,156 @@
+"""Confounders, against loops and cases worked by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from histo_utils import confounders, metrics, protocols
+from histo_utils.embeddings import Embeddings
+
+
+def test_by_chance_equals_loops(bench_archive):
+    table = bench_archive.table
+    found = confounders.by_chance(table, "label", within="site")
+    for row in (0, 40, 127):
+        mine = table.iloc[row]
+        others = table[(table["patient"] != mine["patient"])]
+        others = others[others["site"] == mine["site"]]
+        assert found[row] == pytest.approx((others["label"] == mine["label"]).mean())
+    assert np.isnan(confounders.by_chance(table, "label", within="patient")).all()
+
+
+def test_within_and_across_by_loops(bench_archive):
+    table = bench_archive.table
+    found = confounders.within_and_across(bench_archive, "site", metric="euclidean")
+    assert len(found) == 128
+    for row in (3, 70, 127):
+        mine = table.iloc[row]
+        far = ((bench_archive.vectors - bench_archive.vectors[row]) ** 2).sum(1)
+        for side in ("within", "across"):
+            same = (table["site"] == mine["site"]).to_numpy()
+            may = (table["patient"] != mine["patient"]).to_numpy()
+            may = may & (same == (side == "within"))
+            near = table.iloc[np.where(may, far, np.inf).argmin()]
+            assert found[side][row] == (near["label"] == mine["label"])
+            chance = (table[may]["label"] == mine["label"]).mean()
+            assert found[f"chance_{side}"][row] == pytest.approx(chance)
+    nested = bench_archive.table.assign(site=bench_archive.table["label"].to_numpy())
+    with pytest.raises(ValueError, match="nested"):
+        confounders.within_and_across(Embeddings(bench_archive.vectors, nested), "site")
+
+
+def test_false_alarms_are_at_the_level_over_patients_only():
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(30), 16)
+    differences = rng.normal(0, 1, 30)[groups] + rng.normal(0, 0.3, 480)
+    found = confounders.false_alarms(differences, groups, n=1000)
+    assert 0.02 < found["patients"] < 0.08 and found["patches"] > 0.4
+
+
+def test_nesting(bench_archive):
+    found = confounders.nesting(bench_archive.table, "site")
+    assert found["values"] == 2 and found["values_with_one_label"] == 0
+    assert found["same_value_other_label"] == 8  # 2 × 2 in each of two sites
+    pairs = [n for name, n in found.items() if name.endswith("_label")]
+    assert sum(pairs) - found["values_with_one_label"] == 8 * 7 // 2
+    assert confounders.nesting(bench_archive.table, "site", "site")["values"] == 2
+
+
+def test_agrees_with_the_label_of_the_nearest(bench_archive):
+    out = protocols.leave_one_patient_out(bench_archive, 1)
+    right = metrics.accuracy(out, per_query=True)
+    for part in (out, out[50:]):
+        found = confounders.agrees(part, bench_archive.table["label"])
+        np.testing.assert_array_equal(found, right[part["query"]])
+
+
+TABLE = pd.DataFrame(
+    {
+        "label": list("abcabcab"),
+        "slide": list("stuvwxyz"),
+        "preparation": ["P", "P", "F", "F", "P", "F", "P", "F"],
+        "fold": [0, 0, 0, 1, 1, 1, 2, 2],
+    }
+)
+
+
+def outcomes(neighbours):
+    """Outcomes of the first rows, from the rows they found."""
+    label, near = TABLE["label"].to_numpy(), np.array(neighbours)
+    return pd.DataFrame(
+        {
+            "query": range(len(near)),
+            "label": label[: len(near)],
+            "predicted": label[near[:, 0]],
+            "patient": TABLE["slide"][: len(near)],
+            "neighbours": list(near),
+            "neighbour_labels": list(label[near]),
+        }
+    )
+
+
+def test_rules_by_hand():
+    # 0 (a, P) finds 4 (b, P): same preparation, a exists as F; histogram on 4's slide
+    # 1 (b, P) finds 4 (b): right.  2 (c, F) finds 7 (b, F): the only c is F, too
+    found = confounders.causes(
+        outcomes([[4, 5, 3], [4, 3, 5], [7, 5, 6]]),
+        outcomes([[4, 3, 5], [6, 3, 5], [3, 4, 5]]),
+        TABLE,
+        related=[("b", "c")],
+        k=3,
+    )
+    assert found["query"].tolist() == [0, 2]
+    assert found["colour"].tolist() == [True, False]
+    assert found["preparation"].tolist() == [True, False]
+    assert found["related"].tolist() == [False, True]
+    # 0: one a, one b among three; 2: one c, one b among three
+    assert found["ambiguous"].tolist() == [True, True]
+    assert found["none"].tolist() == [False, False]
+    # query 0 might have found b, c, b of rows 4, 5, 7: rule colour holds for row 4,
+    # preparation for row 4; query 2 might have found a, b, a, b of 3, 4, 6, 7
+    assert found["chance_colour"].tolist() == pytest.approx([1 / 3, 1 / 4])
+    assert found["chance_preparation"].tolist() == pytest.approx([1 / 3, 0])
+    assert found["chance_related"].tolist() == pytest.approx([0, 2 / 4])
+
+
+def test_an_error_may_fit_no_rule():
+    found = confounders.causes(
+        outcomes([[7, 5, 4]]), outcomes([[4, 3, 5]]), TABLE, k=3
+    )  # 0 (a, P) finds 7 (b, F), no other a near
+    assert found["none"].tolist() == [True]
+    assert not found[list(confounders.RULES)].any(axis=None)
+    with pytest.raises(ValueError, match="different queries"):
+        confounders.causes(outcomes([[4], [4]]), outcomes([[4]]), TABLE)
+
+
+def test_centring_equals_a_loop(bench_archive):
+    table, vectors = bench_archive.table, bench_archive.vectors.astype(float)
+    gallery = (table["fold"] != 1).to_numpy()
+    found = confounders.centred(bench_archive, gallery, "site").vectors
+    for row in (0, 40, 127):
+        same = gallery & (table["site"] == table["site"][row]).to_numpy()
+        expected = vectors[row] - vectors[same].mean(axis=0)
+        assert found[row] == pytest.approx(expected, abs=1e-6)
+    everyone = confounders.centred(bench_archive, np.ones(128, bool)).vectors
+    assert everyone == pytest.approx(vectors - vectors.mean(axis=0), abs=1e-5)
+
+
+def test_queries_do_not_move_the_means(bench_archive):
+    gallery = (bench_archive.table["fold"] != 0).to_numpy()
+    before = confounders.centred(bench_archive, gallery, "site").vectors
+    vectors = bench_archive.vectors.copy()
+    vectors[~gallery] += 5
+    changed = Embeddings(vectors, bench_archive.table)
+    after = confounders.centred(changed, gallery, "site").vectors
+    assert np.array_equal(before[gallery], after[gallery])
+    assert after[~gallery] == pytest.approx(before[~gallery] + 5, abs=1e-5)
+
+
+def test_what_the_gallery_does_not_know_is_refused(bench_archive):
+    gallery = (bench_archive.table["site"] == "A").to_numpy()
+    with pytest.raises(ValueError, match="no gallery row has site 'B', but 64"):
+        confounders.centred(bench_archive, gallery, "site")
+    with pytest.raises(ValueError, match="no column 'stain'"):
+        confounders.centred(bench_archive, gallery, "stain")
+    with pytest.raises(ValueError, match="mask"):
+        confounders.centred(bench_archive, np.zeros(128, bool))
