@@ -30,19 +30,10 @@ INTERPOLATIONS = {
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a network wants done to an image: resize, scale to 0–1, subtract, divide.
+    """What a network takes: resized (never cropped), scaled to 0–1, normalised.
 
-    The whole patch is resized; nothing is cropped, since its edge belongs to the field
-    of view.
-
-    Parameters
-    ----------
-    mean, std : tuple of 3 floats
-        Of the 0–1 scale. (0.5, 0.5, 0.5) for both is RGB/127.5 - 1.
-    size : int or None
-        Side in pixels that images are resized to; None leaves them as they are.
-    interpolation : {"nearest", "bilinear", "bicubic"}
-        Of Pillow, which smooths when it makes images smaller.
+    ``mean`` and ``std`` are on the scale 0–1; ``size`` in pixels, None: as it is;
+    ``interpolation`` is Pillow's, which smooths when it makes images smaller.
 
     Examples
     --------
@@ -101,14 +92,7 @@ def grey(image, slide=None):
 class Turned:
     """Turn a patch by quarter turns, and mirror it from the fourth on: eight views.
 
-    Tissue has no upright; these turns move pixels and change none.
-
-    Parameters
-    ----------
-    view : int
-        0–7; 0 leaves the patch as it is.
-    first : callable, optional
-        A transform that is applied before (`loaders.grey`).
+    ``first`` is a transform that is applied before, `grey` say.
     """
 
     def __init__(self, view, first=colour):
@@ -130,13 +114,7 @@ class Turned:
 
 @dataclass(frozen=True)
 class Resized:
-    """Make a patch ``size`` px wide before it is cropped or turned (Yang 2019: 300).
-
-    Parameters
-    ----------
-    size : int
-    interpolation : {"nearest", "bilinear", "bicubic"}
-    """
+    """Make a patch ``size`` px wide before it is cropped or turned."""
 
     size: int
     interpolation: str = "bicubic"
@@ -169,8 +147,7 @@ class PatchDataset(Dataset):
         uint8 tensor (3, h, w) -> the like, for ``data[i, draw]``; any of
         torchvision.transforms.v2. Its random numbers follow from ``draw``.
     prepare : callable, optional
-        Image -> float tensor; default `Preprocessing` without resizing or scaling
-        beyond 0–1.
+        Image -> float tensor; default: to 0–1.
     """
 
     def __init__(self, table, transform=None, augment=None, *, prepare=None):
@@ -198,15 +175,9 @@ class PatchDataset(Dataset):
 class CachedMaps(TensorDataset):
     """What a frozen part of a network gave for every patch, once for each view.
 
-    Parts that are not trained need to run only once; training then costs only the part
-    behind them.
-
-    Parameters
-    ----------
-    views : list of (n, …) tensors, or of tuples of them (several maps)
-        What all patches give under each turn (`Turned`); the first is the plain one.
-    table : pandas.DataFrame
-        Their patches.
+    Parts that are not trained run only once; training costs only the part behind them.
+    ``views``: a list of (n, …) tensors, or of tuples of them (several maps), one per
+    turn (`Turned`); the first is the plain one.
     """
 
     def __init__(self, views, table):
@@ -239,17 +210,15 @@ def training_batches(
     batch_size : int
         Of all processes together.
     per_class : int, optional
-        So many items of each class in a batch; classes are drawn anew for each batch,
-        items of a class come round before they repeat within an epoch. Default: every
-        item once per epoch, in any mixture.
+        Items of each class in a batch; classes are drawn anew for each batch, items of
+        a class come round before they repeat within an epoch. Default: every item once
+        per epoch, in any mixture.
     classes : array, optional
         Sorted; labels are numbered by their place in it. Default: those of the rows.
     steps : int, optional
         Batches per epoch; default ``n // batch_size``: the rest is left out, since a
         metric loss of a small last batch is another loss.
-    seed : int
-    workers : int
-        Processes that read.
+    seed, workers : int
     fabric : lightning.fabric.Fabric, optional
         Where several processes train: each gets its part of the global batch.
 
@@ -349,20 +318,9 @@ class BatchOrder(Sampler):
 def outputs(network, data, rows=None, batch_size=64, *, workers=0, progress=None):
     """Run a network over plain items of a data set, on the device it is on.
 
-    Parameters
-    ----------
-    network : torch.nn.Module
-        In evaluation mode meanwhile, without gradients.
-    data : PatchDataset or CachedMaps
-    rows : (n,) bool array, or array of int, optional
-        Default: all items.
-    batch_size, workers : int
-    progress : str, optional
-        Show a bar with this name.
-
-    Returns
-    -------
-    (n, …) float32 tensor on the CPU, or a tuple of them for a network with several maps
+    In evaluation mode, without gradients. Returns float32 on the CPU: (n, …), or a
+    tuple for a network with several maps. ``rows``: a mask or positions, default all;
+    ``progress`` names a bar.
     """
     rows = np.arange(len(data))[slice(None) if rows is None else rows].tolist()
     place = next((p.device for p in network.parameters()), torch.device("cpu"))

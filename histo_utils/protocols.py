@@ -48,14 +48,10 @@ TASKS = ("scan", "organ")
 
 
 class Split(NamedTuple):
-    """Which rows of a patch table train, validate, are searched and are queried.
+    """Masks over the rows of a patch table: train, validation, gallery and test.
 
-    Attributes
-    ----------
-    task : {"scan", "organ"}
-    train, validation, gallery, test : (n,) bool arrays
-        To fit weights; to choose epochs and constants; what test patches search; what
-        is scored once.
+    The validation patches choose epochs and constants; test patches search the gallery
+    and are scored once.
     """
 
     task: str
@@ -113,14 +109,13 @@ def splits(table: pd.DataFrame, task: str) -> list[Split]:
 
 
 def published_split(table, validation=0.1, stratify=True, seed=0, task="scan") -> Split:
-    """Take a published split; a share of its training patches validates.
+    """Take a published split (``split``: train or test); hold training patches back.
 
     Parameters
     ----------
     table : pandas.DataFrame
-        With ``split``: ``train`` or ``test``.
     validation : float
-        Share of the training patches, at random.
+        Share of the training patches that validates, at random.
     stratify : bool
         The same share of each label; Yang et al. (2019) draw over all files.
     seed : int
@@ -164,27 +159,21 @@ def as_scans(embeddings: Embeddings) -> Embeddings:
 def evaluate(
     embeddings, splits, part="test", exclude=None, k=1, **archive
 ) -> pd.DataFrame:
-    """Outcomes of the test (or validation) patches of some splits of one table.
+    """Outcomes of the test (or validation) patches of one task, in table order.
 
     Parameters
     ----------
     embeddings : Embeddings, or list of Embeddings
         Of the whole table that was split; a list has those of one network per split.
     splits : Split, or list of Split
-        Of one task.
     part : {"test", "validation"}
         Test patches search the gallery, validation patches the training patches.
     exclude : {"touching"}, optional
         Gallery patches that touch the query may not be found.
     k : int
-        Neighbours kept.
+        Neighbours kept; ``query`` and ``neighbours`` are rows of the table.
     **archive
         ``standardised``, and options of `search.Archive`; default: cosine.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Outcomes in the order of the table; ``query`` and ``neighbours`` are its rows.
     """
     splits = [splits] if isinstance(splits, Split) else splits
     several = embeddings if isinstance(embeddings, list) else [embeddings] * len(splits)
@@ -194,34 +183,23 @@ def evaluate(
         if part == "validation":
             queries, gallery = split.validation, split.train
         scans = split.task == "scan"
+        unknown = "patient" in made.table and made.table["patient"].isna().all()
         made = as_scans(made) if scans else made
         found = train_gallery(
             made.take(queries), made.take(gallery), k, exclude,
-            allow_shared_patients=scans, **archive,
+            allow_shared_patients=scans or unknown, **archive,
         )  # fmt: skip
         parts.append(_renumbered(found, queries, gallery))
     return pd.concat(parts).sort_values("query", ignore_index=True)
 
 
 def bench(embeddings: Embeddings, k: int = 1, **archive) -> pd.DataFrame:
-    """Outcomes under every protocol of the bench, in one table.
+    """Outcomes under every protocol of the bench, named in the column ``protocol``.
 
-    Parameters
-    ----------
-    embeddings : Embeddings
-        With ``slide``, ``patient``, ``label``, ``fold`` and places.
-    k : int
-        Neighbours kept.
-    **archive
-        ``standardised``, and options of `search.Archive`.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Outcomes with ``protocol``: ``scan_leave_one_out``, ``scan_not_touching``;
-        ``scan_validation`` (lower left quarter against the upper half), ``scan_split``
-        (lower right quarter against the upper half), ``scan_split_not_touching``;
-        ``organ`` (label, each patient fold against the others).
+    ``scan_leave_one_out``, ``scan_not_touching``; ``scan_validation`` (lower left
+    quarter against the upper half), ``scan_split`` (lower right quarter against the
+    upper half), ``scan_split_not_touching``; ``organ`` (label, each patient fold
+    against the others). Parameters are those of `leave_one_out`.
     """
     scans, (split,) = as_scans(embeddings), splits(embeddings.table, "scan")
     how = {"k": k, **archive}
@@ -254,16 +232,15 @@ def leave_one_out(
     exclude : {"self", "touching", "slide", "patient"}
         What a query may not find (`search.Archive.search`).
     standardised : bool
-        Scale each dimension by the gallery's mean and deviation first; image
-        statistics need it (with ``metric="euclidean"``).
+        Scale each dimension by the gallery's mean and deviation first; image statistics
+        need it (with ``metric="euclidean"``).
     **archive
         Options of `search.Archive`: ``index``, ``metric``, ``rerank``.
 
     Raises
     ------
     ValueError
-        As the search does; and for a class in which some query is alone, since
-        nothing that it may find would be right.
+        As the search does; and for a class in which some query is alone.
     """
     if exclude is None:
         raise ValueError(
@@ -288,19 +265,18 @@ def train_gallery(
     Parameters
     ----------
     queries, gallery : Embeddings
-    k, standardised, **archive
-        As in `leave_one_out`; the scale is that of the gallery alone.
-    exclude : None, "self", "touching", "slide" or "patient"
-        What a query may not find besides.
+    k, exclude, standardised, **archive
+        As in `leave_one_out`; nothing is excluded by default, the scale is the
+        gallery's.
     allow_shared_patients : bool
-        Where the class *is* the scan (Path24, scan recognition on MoNuSeg), test and
-        training patches share patients by design: say so here.
+        Where the class *is* the scan (Path24, scan recognition on MoNuSeg), queries and
+        gallery share patients by design: say so here.
 
     Raises
     ------
     ValueError
-        A patient in both without ``allow_shared_patients``; a query whose class is
-        not in the gallery; and as the search does.
+        A patient in both without ``allow_shared_patients``; a query whose class is not
+        in the gallery; and as the search does.
     """
     if not allow_shared_patients:
         _check_disjoint(queries.table, gallery.table)
@@ -312,17 +288,11 @@ def train_gallery(
 def patient_folds(
     embeddings, k=10, fold="fold", standardised=False, **archive
 ) -> pd.DataFrame:
-    """Search each fold of patients in the other folds.
+    """Search each fold of patients (column ``fold``) in the other folds.
 
-    Parameters are those of `leave_one_out`; ``fold`` names the column. A system trained
-    anew for each fold gives a list of Embeddings, one per fold, in the order of the
-    folds' values. The scale, where asked for, is that of each fold's gallery.
-
-    Raises
-    ------
-    ValueError
-        A patient in two folds, fewer than two folds, another number of Embeddings than
-        folds; and as `train_gallery` does.
+    A system trained anew for each fold gives a list of Embeddings, in the order of the
+    folds' values. Parameters are those of `leave_one_out`; a patient in two folds is an
+    error.
     """
     each = embeddings if isinstance(embeddings, list) else None
     table = (each[0] if each else embeddings).table
@@ -354,8 +324,7 @@ def linear_probe(
     """Classify test patches by a linear SVM on standardised training vectors.
 
     C is chosen by cross-validation inside ``train``, groups kept whole (the smallest of
-    equally good ones); scale and SVM are then fitted on all of ``train``. The choice
-    stands in ``outcomes.attrs["c"]``.
+    equally good ones); it stands in ``outcomes.attrs["c"]``.
 
     Parameters
     ----------
@@ -366,10 +335,8 @@ def linear_probe(
         per row. Where the class is the scan, give places (rows or quarters) instead.
     allow_shared_patients : bool
         As in `train_gallery`.
-    n_splits : int
-        Inner folds, fewer where there are fewer groups.
-    seed : int
-        Of the inner folds and of the solver.
+    n_splits, seed : int
+        Inner folds, fewer where there are fewer groups; also of the solver.
 
     Raises
     ------
@@ -420,26 +387,10 @@ def linear_probe(
 
 
 def slide_bags(embeddings, barcode=False):
-    """Gather patches into slides, for `slide_search`.
+    """Gather patches into slides: a list of (n_i, d) arrays, and one row per slide.
 
-    Parameters
-    ----------
-    embeddings : Embeddings
-        With the columns ``slide`` and ``label``; ``patient`` where known.
-    barcode : bool
-        Turn vectors into `search.minmax_barcode` bits.
-
-    Returns
-    -------
-    bags : list of (n_i, d) arrays
-        Slides in the order in which they are met.
-    table : DataFrame
-        One row per slide: ``slide``, ``label``, ``patient``.
-
-    Raises
-    ------
-    ValueError
-        A slide with two labels or two patients.
+    With ``barcode``, vectors become `search.minmax_barcode` bits. A slide with two
+    labels or two patients is an error.
     """
     table = embeddings.table
     _check_columns(table, ["slide", "label"])
@@ -469,16 +420,14 @@ def slide_search(
     Parameters
     ----------
     bags : list of (n_i, d) arrays
-        Bits or float features of each slide's patches (`slide_bags`); one vector per
-        slide, a mean say, is a bag of one.
+        Bits or float features of each slide's patches (`slide_bags`).
     table : DataFrame
         One row per slide: ``slide``, ``label``; ``patient`` to exclude by patient.
     k : int
     exclude : {"slide", "patient"}
-        Yottixel leaves out the query slide only; a patient's other slides are no
-        independent find.
-    metric, reduce : see `search.bag_distances`
-        By default the median of the minimum distances.
+        Yottixel leaves out the query slide only.
+    metric, reduce
+        Of `search.bag_distances`; by default the median of the minimum distances.
     shortlist : outcomes, optional
         Of an earlier search of the same slides, by barcodes say: each query is compared
         with the neighbours found there alone.
@@ -511,22 +460,7 @@ def slide_search(
 
 
 def vertical_search(bags, table, within, k=3, **how) -> pd.DataFrame:
-    """Search every slide among those that share its value of a column.
-
-    KimiaNet's vertical search: sub-types are told apart within a tumour's site. Ids are
-    rows of the whole ``table``.
-
-    Parameters
-    ----------
-    bags, table, k, **how : see `slide_search`
-    within : str
-        Column that query and found slide share, without gaps.
-
-    Raises
-    ------
-    ValueError
-        As `slide_search`, the value of the column named.
-    """
+    """Search every slide among those with its value of a column (KimiaNet)."""
     _check_columns(table, [within])
     parts = []
     for value, rows in table.groupby(within).indices.items():

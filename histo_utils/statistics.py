@@ -138,7 +138,6 @@ def score(values, patients, labels=None, *, n_boot=2000, seed=0) -> dict:
     Parameters
     ----------
     values : (n,) or (seeds, n) array
-        One value per query, or a row of them per seed.
     patients : (n,) array
         Drawn with replacement, with all their queries; all missing: no interval.
     labels : (n,) array, optional
@@ -185,12 +184,11 @@ def score(values, patients, labels=None, *, n_boot=2000, seed=0) -> dict:
 
 
 def compare(a, b, patients=None, *, n_flips=10_000, seed=0) -> dict:
-    """Compare two systems on the same queries, patient by patient.
+    """Compare two systems on the same queries: mean over patients of their mean a - b.
 
-    The difference is the mean over patients of each patient's mean of a - b: every
-    patient counts once. Under the null hypothesis a patient's difference is as likely
-    to have the other sign; all patterns of signs are tried if they are fewer than
-    ``n_flips``, else so many random ones.
+    ``p`` is that of a sign-flip test: under the null hypothesis a patient's difference
+    is as likely to have the other sign; all patterns of signs are tried if they are
+    fewer than ``n_flips``, else so many random ones.
 
     Parameters
     ----------
@@ -203,9 +201,8 @@ def compare(a, b, patients=None, *, n_flips=10_000, seed=0) -> dict:
     Returns
     -------
     dict
-        ``difference``, ``low`` and ``high`` (bootstrap over patients), ``p`` (sign
-        flip, two-sided), ``n`` (patients), ``detectable`` (`detectable_difference`); of
-        one patient the difference alone, all else NaN.
+        ``difference``, ``low`` and ``high`` (bootstrap over patients), ``p``, ``n``
+        (patients), ``detectable``; of one patient the difference alone, all else NaN.
     """
     if isinstance(a, pd.Series) and isinstance(b, pd.Series) and patients is None:
         a, b = a.align(b, join="inner")
@@ -235,10 +232,7 @@ def compare(a, b, patients=None, *, n_flips=10_000, seed=0) -> dict:
 
 
 def bootstrap_ci(values, groups=None, n_boot=2000, level=0.95, seed=0, statistic=None):
-    """Percentile interval of a mean, drawing whole groups with replacement.
-
-    Outcomes of one patient belong together, so patients are drawn, with all their
-    queries; the gallery stays as it is.
+    """Percentile interval of a mean, drawing whole groups (patients) with replacement.
 
     Parameters
     ----------
@@ -246,16 +240,9 @@ def bootstrap_ci(values, groups=None, n_boot=2000, level=0.95, seed=0, statistic
         One row per query.
     groups : (n,) array, optional
         Patient of each row; without it rows are drawn.
-    n_boot, seed : int
-    level : float
-        0.95 gives the 2.5th and 97.5th percentile.
+    n_boot, level, seed
     statistic : callable, optional
         Takes drawn rows of ``values``, returns a float; default the mean of the rows.
-
-    Returns
-    -------
-    Interval
-        ``(low, high)``
 
     Raises
     ------
@@ -323,16 +310,8 @@ def correct(comparisons) -> None:
 def detectable_difference(differences, groups=None, power=0.8, level=0.95) -> float:
     """Smallest true difference that a paired comparison of this size would find.
 
-    (z₁₋α/₂ + z_power)·sd/√n over the n per-patient mean differences a - b, two-sided
-    at α = 1 - level: with the defaults 2.80·sd/√n (normal approximation).
-
-    Parameters
-    ----------
-    differences : (n,) array
-        a - b of each query, or of each patient.
-    groups : (n,) array, optional
-        Patient of each query.
-    power, level : float
+    (z₁₋α/₂ + z_power)·sd/√n over the n per-patient mean differences a - b, two-sided at
+    α = 1 - level: with the defaults 2.80·sd/√n (normal approximation).
     """
     per_group = _group_means(np.asarray(differences, float), groups)
     normal = NormalDist()
@@ -361,17 +340,9 @@ def nested(table: pd.DataFrame) -> dict:
 def report(found) -> pd.DataFrame:
     """Lay out scores and comparisons as a table of text.
 
-    Parameters
-    ----------
-    found : dict or pandas.DataFrame
-        ``{row: {column: score, comparison, number or list}}``; or a table of
-        `score_table` or `compare_table` with two index levels (rows, columns).
-
-    Returns
-    -------
-    pandas.DataFrame
-        Text; cells without a value read "not run". Underscores of column names become
-        spaces, so that a page can break them.
+    ``found``: ``{row: {column: score, comparison, number or list}}``, or a table with
+    two index levels. Cells without a value read "not run"; underscores of column names
+    become spaces, so that a page can break them.
     """
     found = nested(found) if isinstance(found, pd.DataFrame) else found
     rows = {

@@ -24,15 +24,12 @@ from histo_utils.provenance import plain
 
 
 class Fitted(NamedTuple):
-    """A trained network.
+    """A network with the weights of its best epoch (CPU, evaluation mode) and its
+    history.
 
-    Attributes
-    ----------
-    network : torch.nn.Module
-        With the weights of the best epoch, on the CPU, in evaluation mode.
-    history : pandas.DataFrame
-        One row an epoch: ``epoch`` (from 1), ``loss``, ``score`` (of ``validate``),
-        ``images_per_second``, ``waiting`` (share of time without data), ``best``.
+    ``history`` has one row per epoch: ``epoch`` (from 1), ``loss``, ``score`` (of
+    ``validate``), ``images_per_second``, ``waiting`` (share of time without data),
+    ``best``.
     """
 
     network: torch.nn.Module
@@ -40,14 +37,7 @@ class Fitted(NamedTuple):
 
 
 def run_folder(parent, settings) -> Path:
-    """Folder of the run with these settings: their hash, below ``parent``.
-
-    Parameters
-    ----------
-    parent : path
-    settings : dict
-        Text, numbers, lists and dicts; the order of its entries does not matter.
-    """
+    """Folder of the run with these settings: their hash, below ``parent``."""
     text = json.dumps(plain(settings), sort_keys=True)
     return Path(parent) / hashlib.sha256(text.encode()).hexdigest()[:20]
 

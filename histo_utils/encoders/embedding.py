@@ -112,21 +112,10 @@ def inputs(
 ) -> PatchDataset | CachedMaps:  # fmt: skip
     """Make the data set that the trained part of an encoder takes.
 
-    Parameters
-    ----------
-    encoder : Encoder
-        Whose preprocessing is used.
-    table : pandas.DataFrame
-    front : torch.nn.Module, optional
-        The frozen part in front (`networks.finetune.cut`): it runs once over every
-        patch, and its maps are the items. Without it images are, read at each access.
-    turns : sequence of int
-        Views of `loaders.Turned` that are cached; the first should be 0, the patch as
-        it is.
-    transform, augment
-        As `loaders.PatchDataset`; cached maps vary by their turns alone.
-    batch_size, cache, progress
-        As `embed`, for cached maps.
+    ``front`` is the frozen part in front of it (`networks.finetune.cut`): it runs once
+    over every patch under each of ``turns`` (`loaders.Turned`; the first should be 0),
+    and its maps are the items. Without it (None) they are images, read and augmented at
+    each access. Other parameters: `loaders.PatchDataset` and `embed`.
     """
     if front is None:
         return PatchDataset(table, transform, augment, prepare=encoder.preprocessing)
@@ -163,11 +152,7 @@ class _Flat(torch.nn.Module):
 
 
 def cache_key(encoder, table, transform=None):
-    """Return the name of the folder that `embed` keeps these vectors in.
-
-    It changes with the weights, the preprocessing, the pixels asked for, the image
-    files (path, size, time of change) and the transform.
-    """
+    """Name the folder of some vectors, by encoder, pixels, image files and transform."""
     digest = hashlib.sha256(encoder.fingerprint().encode())
     name = identity(colour if transform is None else transform)
     digest.update(name.encode())
@@ -185,12 +170,7 @@ def identity(transform):
     """Name a transform such that two that differ have two names.
 
     An object says it itself (an attribute ``identity``); a function is named by where
-    it stands.
-
-    Raises
-    ------
-    ValueError
-        For a lambda or a function inside another, whose name does not tell it apart.
+    it stands, so a lambda or a function inside another is refused.
 
     Examples
     --------

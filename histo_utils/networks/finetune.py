@@ -34,18 +34,9 @@ PARTS = {
 
 
 def train_only(network, beginnings) -> int:
-    """Let only parameters whose names begin so be trained; return how many they are.
+    """Train only parameters whose names begin so; return how many they are.
 
-    Parameters
-    ----------
-    network : torch.nn.Module
-    beginnings : iterable of str
-        ``("",)`` is the whole network.
-
-    Raises
-    ------
-    ValueError
-        A beginning that no parameter has; the parts of the network are named.
+    ``("",)`` is the whole network.
 
     Examples
     --------
@@ -124,15 +115,9 @@ def cut(network, stage=None) -> tuple[nn.Module | None, nn.Module]:
 def new_head(features, width, classes, dropout=0.0, seed=0) -> nn.Sequential:
     """Dense, ReLU, (dropout,) dense: logits of classes; the softmax is in the loss.
 
-    Parameters
-    ----------
-    features, width, classes : int
-        Length of the input; of the layer between (Kieffer 2017: 256 for VGG16, 1024 for
-        Inception-v3); number of classes.
-    dropout : float
-        Before the last layer; 0: no such layer.
-    seed : int
-        Of the random weights; torch's own generator stays as it was.
+    ``width``: of the layer between (Kieffer 2017: 256 for VGG16, 1024 for
+    Inception-v3). Random weights follow from ``seed``; torch's own generator stays as
+    it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
