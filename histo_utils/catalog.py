@@ -1,7 +1,10 @@
-"""How a data set is got and verified, and how it becomes a patch table."""
+"""What data sets exist, how one is got and verified, how it becomes a patch table."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import functools
 import hashlib
 import os
 import warnings
@@ -9,25 +12,15 @@ from pathlib import Path
 
 import pandas as pd
 import requests
+import yaml
 from tqdm import tqdm
 
-from histo_utils.datasets import DATASETS, dataset
 from histo_utils.patches import check_patches
 from histo_utils.phantom import write_phantom_archive
 from histo_utils.provenance import file_hash, project_folder
-from histo_utils.readers.class_folders import (
-    class_folders,
-    read_class_folders,
-    read_parts,
-)
-from histo_utils.readers.pannuke import read_pannuke
+from histo_utils.readers.class_folders import read_class_folders
 from histo_utils.readers.tcga import BARCODE
-from histo_utils.slides import (
-    MissingScaleError,
-    SlideError,
-    open_slide,
-    patch_grid,
-)
+from histo_utils.slides import MissingScaleError, SlideError, open_slide, patch_grid
 
 with warnings.catch_warnings():
     # pooch imports tqdm's widget version, which complains where ipywidgets is missing.
@@ -37,21 +30,73 @@ with warnings.catch_warnings():
 SLIDE_SUFFIXES = {
     ".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".dcm",
 }  # fmt: skip
-# Data sets whose folders hold their split or folds: how to get there after `fetch`.
-LAID_OUT = {
-    "kimia_path24": "cut its file with "
-    "histo_utils.readers.path24.convert_path24(file, folder)",
-    "kimia_path24c": "unpack its training archives into the folder train and its test "
-    "archive into test, each with folders s0 to s23",
-    "nct_crc_he_100k": "unpack NCT-CRC-HE-100K.zip and CRC-VAL-HE-7K.zip there",
-    "nct_crc_he_100k_nonorm": "unpack NCT-CRC-HE-100K-NONORM.zip and CRC-VAL-HE-7K.zip "
-    "there",
-    "crc_val_he_7k": "unpack CRC-VAL-HE-7K.zip there",
-    "pannuke": "turn its arrays into images with "
-    "histo_utils.readers.pannuke.convert_pannuke(folder)",
-}
+FACTS = Path(__file__).with_name("datasets.yaml")
 CHUNK = 1 << 16  # bytes; at most so many are lost when a download breaks off
 TIMEOUT = 60  # seconds without an answer
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """One file of a data set: name, checksum (``algorithm:digest``), bytes and URL."""
+
+    name: str
+    checksum: str
+    size: int | None = None
+    url: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """What a reader must know of a data set before using it; see ``datasets.yaml``."""
+
+    name: str
+    title: str
+    licence: str
+    citation: str
+    homepage: str
+    content: str
+    unit: str
+    access: str
+    files: tuple[File, ...] = ()
+    parts: dict = dataclasses.field(default_factory=dict)
+    layout: str | None = None
+
+
+@functools.cache
+def datasets(path=FACTS):
+    """Read all data sets, by name; ValueError for misspelt keys and missing facts."""
+
+    def checked(kind, **facts):
+        fields = dataclasses.fields(kind)
+        for key in facts.keys() - {field.name for field in fields}:
+            known = [field.name for field in fields]
+            raise ValueError(f"{path}, {facts['name']}: {_unknown('key', key, known)}")
+        for field in fields:
+            if field.type == "str" and not facts.get(field.name):
+                raise ValueError(f"{path}, {facts['name']}: no {field.name}; add it")
+        return kind(**facts)
+
+    found = {}
+    for name, facts in yaml.safe_load(path.read_text("utf-8")).items():
+        files = tuple(checked(File, **file) for file in facts.pop("files", ()))
+        found[name] = checked(Dataset, **facts, name=name, files=files)
+    return found
+
+
+def dataset(name):
+    """Look up a data set's facts; ValueError with the nearest names for another."""
+    if name not in datasets():
+        raise ValueError(
+            f"{_unknown('data set', name, datasets())}; a folder of one's own slides "
+            "is given by its path"
+        )
+    return datasets()[name]
+
+
+def _unknown(kind, name, known):
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"unknown {kind} {name!r}; {hint}known are {', '.join(known)}"
 
 
 def data_folder():
@@ -65,18 +110,11 @@ def cache_folder():
 
 
 def trained_folder(method, dataset, what="scan"):
-    """Return where a chapter keeps what it trained, and where chapter 9 looks for it.
+    """Return where a chapter keeps what it trained and chapter 9 looks for it.
 
-    Parameters
-    ----------
-    method : str
-        The paper's name in the book: kieffer, kimianet, ftx, yang, neck.
-    dataset : str
-        Name of a data set, or path of a folder.
-    what : str
-        "scan" or "organ": an encoder that was trained on that task (`encoders.save`);
-        "scan_vectors" or "organ_vectors": vectors of every seed and split
-        (`trials.keep_vectors`).
+    ``method`` is the paper's name in the book (kieffer, kimianet, ftx, yang, neck),
+    ``what`` is "scan" or "organ" (an encoder that was trained on that task,
+    `encoders.save`) or "scan_vectors" or "organ_vectors" (`embeddings.save_runs`).
     """
     return cache_folder() / "trained" / f"{method}_{what}_{Path(dataset).name}"
 
@@ -98,24 +136,29 @@ def fetch(name, folder=None, progress=True):
     """Make a data set available and verified; return its folder.
 
     Phantoms are generated into `cache_folder`. Files with a URL are downloaded into
-    ``folder``, an interrupted download goes on where it stopped, and each is compared
-    with its checksum. What cannot be downloaded is looked for and compared, too.
+    ``folder``, an interrupted download is resumed, and each is compared with its
+    checksum. What cannot be downloaded is looked for and compared, too.
 
     Parameters
     ----------
     name : str
-        A name in `DATASETS`.
+        A name in `datasets`.
     folder : str or pathlib.Path, optional
         ``data_folder() / name`` if not given.
     progress : bool
         Show a progress bar.
+
+    Returns
+    -------
+    pathlib.Path
 
     Raises
     ------
     FileNotFoundError
         If the data must be got by hand; the message says from where.
     ValueError
-        If a checksum differs: the download is removed, both values are shown.
+        If a checksum differs: the download is removed, both values are shown. If there
+        is no such data set: the message holds the nearest names.
     """
     entry = dataset(name)
     if name == "phantom":
@@ -125,49 +168,35 @@ def fetch(name, folder=None, progress=True):
     folder = Path(folder or data_folder() / name)
     for file in entry.files:
         target = folder / file.name
-        if file.url is None and not target.exists():
-            raise FileNotFoundError(_by_hand(entry, folder, file.name))
-        if file.url is None:
+        if file.url:
+            unzip = pooch.Unzip(extract_dir=".") if target.suffix == ".zip" else None
+            resuming = functools.partial(_download, progress=progress)
+            pooch.retrieve(file.url, file.checksum, file.name, folder,
+                           downloader=resuming, processor=unzip)  # fmt: skip
+        elif target.exists():
             _compare(target, file.checksum)
-            continue
-        pooch.retrieve(
-            file.url, file.checksum, file.name, folder,
-            downloader=_Resuming(progress),
-            processor=pooch.Unzip(extract_dir=".") if target.suffix == ".zip" else None,
-        )  # fmt: skip
-    if not entry.files and not folder.is_dir():
-        raise FileNotFoundError(_by_hand(entry, folder))
+    missing = [file.name for file in entry.files if not (folder / file.name).exists()]
+    if missing or not folder.is_dir():
+        raise FileNotFoundError(
+            f"{entry.title}: {(missing or ['the data'])[0]} is not in {folder}; "
+            f"{entry.access} ({entry.homepage}; licence: {entry.licence}), then put it "
+            "there, or name its parent folder in the environment variable HISTO_DATA"
+        )
     if name == "monuseg":
         verify(folder)
     return folder
 
 
 def locate(name, folder=None):
-    """Return the folder of a data set by name (see `fetch`), or of one's own by path.
-
-    Raises
-    ------
-    ValueError
-        If it is neither; the message holds the nearest names.
-    """
-    if str(name) in DATASETS:
+    """Return a named data set's folder (see `fetch`), or the path of one's own."""
+    if str(name) in datasets() or not Path(name).is_dir():
         return fetch(str(name), folder)
-    if not Path(name).is_dir():
-        dataset(str(name))  # raises, with the nearest names
     return Path(name)
-
-
-def _by_hand(entry, folder, file=""):
-    return (
-        f"{entry.title}: {file or 'the data'} is not in {folder}; {entry.access} "
-        f"({entry.homepage}; licence: {entry.licence}), then put it there, or name "
-        "its parent folder in the environment variable HISTO_DATA"
-    )
 
 
 def _compare(path, checksum):
     algorithm, expected = checksum.split(":")
-    found = pooch.file_hash(str(path), alg=algorithm)
+    found = file_hash(path, algorithm)
     if found != expected:
         raise ValueError(
             f"{path}: {algorithm} is {found}, expected {expected}; the file is damaged "
@@ -176,47 +205,34 @@ def _compare(path, checksum):
 
 
 def verify(folder):
-    """Compare a folder's files with the ``sha256`` column of its ``slides.csv``.
-
-    Raises
-    ------
-    ValueError
-        For the first file that differs; the message shows both values.
-    """
+    """Compare files with the ``sha256`` of ``slides.csv``; ValueError for the first."""
     folder = Path(folder)
     for row in pd.read_csv(folder / "slides.csv", dtype=str).itertuples():
         _compare(folder / row.file, f"sha256:{row.sha256}")
 
 
-class _Resuming:
-    """Downloader for pooch that goes on with a part already here."""
-
-    def __init__(self, progress):
-        self.progress = progress
-
-    def __call__(self, url, output_file, pooch_or_none, check_only=False):
-        # pooch names a new temporary file each time; the part keeps the file's own
-        # name, so that the next run finds it.
-        name = Path(requests.utils.urlparse(url).path).name
-        part = Path(output_file).with_name(name + ".part")
-        have = part.stat().st_size if part.exists() else 0
-        headers = {"Range": f"bytes={have}-"} if have else {}
-        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
-            if answer.status_code == 416:  # the part is whole already
-                part.replace(output_file)
-                return
+def _download(url, output_file, pooch_or_none, check_only=False, *, progress=True):
+    """Download for pooch, from where an earlier try broke off."""
+    # pooch names a new temporary file each time; the part keeps the file's own name, so
+    # that the next run finds it.
+    name = Path(requests.utils.urlparse(url).path).name
+    part = Path(output_file).with_name(name + ".part")
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
+        if answer.status_code != 416:  # else the part is whole already
             answer.raise_for_status()
             have = have if answer.status_code == 206 else 0
             total = have + int(answer.headers.get("content-length", 0)) or None
             with (
                 part.open("ab" if have else "wb") as file,
                 tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=name,
-                     ascii=True, disable=not self.progress) as bar,
+                     ascii=True, disable=not progress) as bar,
             ):  # fmt: skip
                 for chunk in answer.iter_content(CHUNK):
                     file.write(chunk)
                     bar.update(len(chunk))
-        part.replace(output_file)
+    part.replace(output_file)
 
 
 def slide_table(folder, mpp=None):
@@ -234,9 +250,9 @@ def slide_table(folder, mpp=None):
     Returns
     -------
     pandas.DataFrame
-        One row a slide: ``image``, ``slide``, ``patient``, ``slide_mpp`` (NaN: as the
-        file says) and the CSV's other columns. Without a CSV the patient is read from a
-        TCGA barcode (with ``site``), else it is the slide itself.
+        One row per slide: ``image``, ``slide``, ``patient`` (where the CSV has none, of
+        a TCGA barcode, with its ``site``; else missing), ``slide_mpp`` (NaN: as the
+        file says) and the CSV's other columns.
 
     Raises
     ------
@@ -249,42 +265,26 @@ def slide_table(folder, mpp=None):
     if (folder / "slides.csv").exists():
         # A source-site code is called NA; empty cells alone are missing.
         table = pd.read_csv(folder / "slides.csv", keep_default_na=False, na_values="")
-        table.insert(0, "image", [str(folder / name) for name in table.pop("file")])
-        table["slide"] = table.get(
-            "slide", [Path(name).stem for name in table["image"]]
-        )
-        table["slide_mpp"] = table.pop("mpp") if "mpp" in table else float("nan")
     else:
-        files = sorted(
-            p for p in folder.iterdir() if p.suffix.lower() in SLIDE_SUFFIXES
-        )
-        if not files:
+        files = (p for p in folder.iterdir() if p.suffix.lower() in SLIDE_SUFFIXES)
+        table = pd.DataFrame({"file": sorted(p.name for p in files)})
+        if table.empty:
             raise FileNotFoundError(
                 f"{folder}: no slides in it; expected files ending in "
                 f"{' '.join(sorted(SLIDE_SUFFIXES))}, or a slides.csv"
             )
-        barcodes = [BARCODE.match(p.stem) for p in files]
-        table = pd.DataFrame(
-            {
-                "image": [str(p) for p in files],
-                "slide": [p.stem for p in files],
-                "slide_mpp": float("nan"),
-                "patient": [
-                    b[0] if b else p.stem for b, p in zip(barcodes, files, strict=True)
-                ],
-            }
-        )
-        if any(barcodes):
-            table["site"] = [b[1] if b else None for b in barcodes]
+    table.insert(0, "image", [str(folder / name) for name in table.pop("file")])
+    table["slide"] = table.get("slide", [Path(name).stem for name in table["image"]])
+    table["slide_mpp"] = table.pop("mpp") if "mpp" in table else float("nan")
     if "patient" not in table:
-        table["patient"] = table["slide"]
+        barcodes = [BARCODE.match(str(name)) for name in table["slide"]]
+        table["patient"] = [code and code[0] for code in barcodes]
+        if any(barcodes) and "site" not in table:
+            table["site"] = [code and code[1] for code in barcodes]
     if mpp is not None:
-        table["slide_mpp"] = [
-            mpp
-            if pd.isna(row.slide_mpp) and _holds_no_mpp(row.image)
-            else row.slide_mpp
-            for row in table.itertuples()
-        ]
+        unknown = table["slide_mpp"].isna()
+        unknown[unknown] = table["image"][unknown].map(_holds_no_mpp)
+        table["slide_mpp"] = table["slide_mpp"].mask(unknown, mpp)
     return table
 
 
@@ -304,10 +304,9 @@ def patch_table(name, size=None, mpp=None, folder=None):
     Parameters
     ----------
     name : str or pathlib.Path
-        A name in `DATASETS` that has a table here (``phantom``, ``monuseg``,
-        ``lc25000_lung``, ``slides``, those of `LAID_OUT`), or a folder: of slides (see
-        `slide_table`), with one folder of images a class, or with such folders in one
-        folder for training and one for testing (see `class_folders.read_parts`).
+        A name in `datasets` that is images or slides, or a folder: of slides (see
+        `slide_table`), with one folder of images per class, or with such folders in one
+        folder for training and one for testing (`class_folders.read_class_folders`).
     size, mpp : optional
         Patch side in pixels and µm per pixel; 250 px at 0.25 for MoNuSeg, 256 px at
         0.5 for slides, the whole image for image folders.
@@ -324,94 +323,69 @@ def patch_table(name, size=None, mpp=None, folder=None):
     Raises
     ------
     FileNotFoundError
-        If a data set of `LAID_OUT` is not there as folders of images.
+        If a data set is not there, or not as folders of images; the message says how
+        to get there.
     """
-    if str(name) in LAID_OUT:
-        return _laid_out(str(name), Path(folder or data_folder() / str(name)))
+    entry = datasets().get(str(name))
+    if entry and entry.parts:
+        return _image_folders(entry, Path(folder or data_folder() / entry.name))
     place = locate(name, folder)
     if name == "lc25000_lung":
-        return check_patches(_lc25000(place))
-    if name == "monuseg":
-        return check_patches(_regions(place, size or 250, mpp or 0.25))
+        images = pd.read_csv(place / "images.csv")
+        # No ids were published: the tile an image was augmented from is its slide.
+        table = pd.DataFrame({
+            "image": [str(place / name) for name in images["file"]],
+            "x": 0, "y": 0, "size": 224, "mpp": float("nan"), "slide_mpp": float("nan"),
+            "label": images["class"], "slide": images["source_tile"], "patient": None,
+        })  # fmt: skip
+        return check_patches(table)
+    if name == "monuseg":  # experts picked the regions: all their whole patches
+        slides = slide_table(place).rename(columns={"source_site": "site"})
+        slides["label"] = slides["organ"]
+        whole = {"min_tissue": 0, "mask": [[True]]}
+        table = _patches_of_slides(slides, size or 250, mpp or 0.25, **whole)
+        return check_patches(table.drop(columns="tissue"))
     if not (place / "slides.csv").exists():
-        table = _image_folders(place)
-        if table is not None:
-            return table
-    return check_patches(_tissue_patches(slide_table(place), size or 256, mpp or 0.5))
-
-
-def _laid_out(name, place):
-    # Files are compared with their checksums when got, not each time: 29 GB take long.
-    table = _image_folders(place)
-    wanted = ["test"] if name == "crc_val_he_7k" else ["train", "test"]
-    missing = [split for split in wanted if not _has(table, split)]
-    apart = name.startswith("nct_crc")  # its test set is a data set of its own
-    sources = ["crc_val_he_7k" if apart and s == "test" else name for s in missing]
-    for source in dict.fromkeys(sources):
-        fetch(source, place)
-    table = _image_folders(place) if missing else table
-    if not all(_has(table, split) for split in wanted):
-        raise FileNotFoundError(
-            f"{place}: {dataset(name).title} is not there as folders of images; "
-            f"{LAID_OUT[name]}"
-        )
-    return table
-
-
-def _has(table, split):
-    if table is None:
-        return False
-    return "fold" in table or split in set(table.get("split", []))
-
-
-def _image_folders(place):
-    """Table of a folder of image folders, checked; None if it is no such folder."""
-    if not place.is_dir():
-        return None
-    table = read_parts(place)
-    table = read_pannuke(place) if table is None else table
-    if table is None and class_folders(place):
         table = read_class_folders(place)
-    if table is None:
-        return None
-    if "split" in table and table["patient"].equals(table["label"]):
-        # Kimia Path24: its slides are in both splits by design, and told so.
-        for _, part in table.groupby("split"):
-            check_patches(part)
-        return table
+        if table is not None:
+            return _checked(table)
+    table = _patches_of_slides(slide_table(place), size or 256, mpp or 0.5)
     return check_patches(table)
 
 
-def _regions(folder, size, mpp):
-    """Cut expert-picked regions into all their whole patches."""
-    table = slide_table(folder).rename(columns={"source_site": "site"})
-    table["label"] = table["organ"]
-    parts = []
-    for row in table.to_dict("records"):
-        with open_slide(row["image"], row["slide_mpp"]) as slide:
-            grid = patch_grid(slide, size, mpp, min_tissue=0, mask=[[True]])
-        parts.append(grid.drop(columns="tissue").assign(**row))
-    return pd.concat(parts, ignore_index=True)
+def _image_folders(entry, place):
+    """Fetch the parts of a data set that are not there yet, and list its images."""
+
+    def missing():
+        table = read_class_folders(place) if place.is_dir() else None
+        there = set() if table is None else {*table, *table.get("split", [])}
+        return table, [entry.parts[part] for part in entry.parts if part not in there]
+
+    # Files are compared with their checksums when got, not each time: 29 GB take long.
+    table, sources = missing()
+    for source in dict.fromkeys(sources):
+        fetch(source, place)
+    table, sources = missing() if sources else (table, [])
+    if sources:
+        raise FileNotFoundError(
+            f"{place}: {entry.title} is not there as folders of images; {entry.layout}"
+        )
+    return _checked(table)
 
 
-def _tissue_patches(slides, size, mpp):
+def _checked(table):
+    # Kimia Path24: its slides are in both splits by design, and documented so.
+    by_design = "split" in table and table["patient"].equals(table["label"])
+    for _, part in table.groupby("split") if by_design else [("", table)]:
+        check_patches(part)
+    return table
+
+
+def _patches_of_slides(slides, size, mpp, **how):
     parts = []
     for row in slides.to_dict("records"):
         given = None if pd.isna(row["slide_mpp"]) else row["slide_mpp"]
         with open_slide(row["image"], given) as slide:
             row["slide_mpp"] = slide.mpp
-            parts.append(patch_grid(slide, size, mpp).assign(**row))
+            parts.append(patch_grid(slide, size, mpp, **how).assign(**row))
     return pd.concat(parts, ignore_index=True)
-
-
-def _lc25000(folder):
-    images = pd.read_csv(folder / "images.csv")
-    # No ids were published: the tile an image was augmented from stands in for both.
-    return pd.DataFrame(
-        {
-            "image": [str(folder / name) for name in images["file"]],
-            "x": 0, "y": 0, "size": 224, "mpp": float("nan"),
-            "slide_mpp": float("nan"), "label": images["class"],
-            "slide": images["source_tile"], "patient": images["source_tile"],
-        }
-    )  # fmt: skip

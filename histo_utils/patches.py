@@ -1,9 +1,10 @@
-"""The patch table: one row a patch, checked on the way in.
+"""The patch table: one row per patch, checked on the way in.
 
 Columns: ``image`` (an image file or a slide), ``x``, ``y`` (level-0 pixels), ``size``
 (px at ``mpp``), ``mpp`` (µm per pixel; missing for image files of unknown scale),
-``slide``, ``patient``; where known ``label``, ``preparation``, ``site``, ``split`` or
-``fold``, and ``slide_mpp`` where the file itself does not hold its µm per pixel.
+``slide``, ``patient`` (missing where the source does not tell it); where known
+``label``, ``preparation``, ``site``, ``split`` or ``fold``, and ``slide_mpp`` where the
+file itself does not hold its µm per pixel.
 """
 
 from __future__ import annotations
@@ -15,26 +16,37 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy.spatial import cKDTree
+from scipy.stats.contingency import association
 
-from histo_utils import provenance
 from histo_utils.slides import open_slide
 
 REQUIRED = ("image", "x", "y", "size", "mpp", "slide", "patient")
 ASSIGNMENTS = ("split", "fold")
-OPEN_FILES = 8  # kept open for each process; a slide costs OpenSlide's 32 MB cache
+OPEN_FILES = 8  # kept open per process; a slide costs OpenSlide's 32 MB cache
 
 
 def check_patches(table):
     """Return the table if it is a patch table; say what is wrong otherwise.
 
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        A missing ``patient`` is the same as no other; what needs patients (folds,
+        exclusion) refuses such rows.
+
+    Returns
+    -------
+    pandas.DataFrame
+        The same table.
+
     Raises
     ------
     ValueError
-        On missing columns, an empty table, rows without slide or patient, sizes below
-        one pixel, or a patient in two splits or folds.
+        On missing columns, an empty table, rows without image or slide, an empty name
+        in place of a missing patient, sizes below one pixel, or a patient in two splits
+        or folds.
     """
-    missing = [name for name in REQUIRED if name not in table.columns]
-    if missing:
+    if missing := [name for name in REQUIRED if name not in table]:
         raise ValueError(
             f"the patch table has no column {', '.join(missing)}; it has "
             f"{', '.join(map(str, table.columns))}; expected {', '.join(REQUIRED)}"
@@ -42,34 +54,24 @@ def check_patches(table):
     if table.empty:
         raise ValueError("the patch table is empty; is the folder or the filter right?")
     for name in ("image", "slide", "patient"):
-        bad = table.index[table[name].isna() | (table[name].astype(str) == "")]
-        if len(bad):
+        may_miss = name == "patient"
+        bad = (table[name].astype(str) == "") | (table[name].isna() & (not may_miss))
+        if bad.any():
             raise ValueError(
-                f"{len(bad)} rows have no {name}, the first is row {bad[0]}; where "
-                "patients are unknown use the slide's name, and say so"
+                f"{bad.sum()} rows have no {name}, the first is row {bad.idxmax()}; "
+                f"fill it in{', or leave it missing (None)' if may_miss else ''}"
             )
     if (table["size"] < 1).any():
-        row = table.index[table["size"] < 1][0]
+        row = (table["size"] < 1).idxmax()
         raise ValueError(f"row {row}: size={table['size'][row]}; expected 1 px or more")
     for name in ASSIGNMENTS:
         shared = _in_several(table, "patient", name) if name in table else []
-        if len(shared):
+        if shared:
             raise ValueError(
                 f"{len(shared)} patients are in more than one {name}, the first is "
-                f"{shared[0]}; split by patient (patches.assign_splits)"
+                f"{shared[0]}; split by patient (patches.assign_folds)"
             )
     return table
-
-
-def save_patches(table, path):
-    """Check the table and write it as Parquet; all of the file or nothing."""
-    with provenance.new_file(path) as part:
-        check_patches(table).to_parquet(part, index=False)
-
-
-def load_patches(path):
-    """Read a patch table that `save_patches` wrote, and check it."""
-    return check_patches(pd.read_parquet(path))
 
 
 def read_patch(row):
@@ -86,14 +88,13 @@ def read_patch(row):
     numpy.ndarray
         uint8, (size, size, 3), RGB. Where ``mpp`` is missing, the file's own pixels.
     """
-    # A Series' own .size is its length, so its entries are asked for by key.
+    # A Series' own .size is its length, so its entries are read by key.
     row = row._asdict() if hasattr(row, "_asdict") else row
     x, y, size, mpp = row["x"], row["y"], int(row["size"]), row["mpp"]
     given = row.get("slide_mpp")
     given = None if given is None or pd.isna(given) else float(given)
     if pd.isna(mpp):
-        # Any scale does, as long as patch and file have the same one.
-        return _opened(str(row["image"]), 1.0).read(x, y, size, 1.0)
+        mpp = given = 1.0  # any scale does, as long as patch and file have the same one
     return _opened(str(row["image"]), given).read(x, y, size, float(mpp))
 
 
@@ -102,56 +103,34 @@ def _opened(image, mpp):
     return open_slide(image, mpp)
 
 
-def patch_hashes(table):
-    """Hash of each patch's pixels: equal for equal images; Series of str."""
-    rows = (read_patch(row) for row in table.itertuples(index=False))
-    digests = [hashlib.sha1(pixels.tobytes()).hexdigest() for pixels in rows]
-    return pd.Series(digests, index=table.index, name="pixels", dtype=str)
+def assign_folds(table, n_folds=5, group="patient", seed=0):
+    """Give each row a fold, groups kept whole and labels spread over the folds.
 
-
-def assign_splits(table, validation=0.2, test=0.2, group="patient", seed=0):
-    """Divide a table into train, validation and test, never within a group.
-
-    Groups are drawn label by label (a group's most frequent one), so that each label
-    with three groups or more is in every part.
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        With the column ``group``; stratified by each group's most frequent ``label``,
+        where there is such a column.
+    n_folds : int
+    group : str
+        What is never divided; ``"slide"`` where patients are unknown.
+    seed : int
 
     Returns
     -------
     pandas.Series
-        ``"train"``, ``"validation"`` or ``"test"`` for each row.
+        int, 0 to n_folds - 1, for each row.
 
     Raises
     ------
     ValueError
-        If the shares leave nothing to train on.
+        If there are fewer groups than folds, or rows without group.
     """
-    if validation < 0 or test < 0 or validation + test >= 1:
+    if table[group].isna().any():
         raise ValueError(
-            f"validation={validation} and test={test} were given; expected shares of "
-            "0 or more that leave something to train on"
+            f"row {table[group].isna().idxmax()} has no {group}; fill it in, drop the "
+            'row, or keep another unit whole (group="slide")'
         )
-    rng = np.random.default_rng(seed)
-    part = {}
-    for _, groups in _groups_by_label(table, group):
-        groups = rng.permutation(groups)
-        n_test, n_validation = (
-            (max(1, round(len(groups) * share)) if share and len(groups) > 2 else 0)
-            for share in (test, validation)
-        )
-        for i, name in enumerate(groups):
-            held = "test" if i < n_test else "validation"
-            part[name] = held if i < n_test + n_validation else "train"
-    return table[group].map(part).rename("split")
-
-
-def assign_folds(table, n_folds=5, group="patient", seed=0):
-    """Give each row a fold from 0 to n_folds − 1, labels spread, groups kept whole.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer groups than folds.
-    """
     n_groups = table[group].nunique()
     if n_folds < 2 or n_folds > n_groups:
         raise ValueError(
@@ -159,17 +138,11 @@ def assign_folds(table, n_folds=5, group="patient", seed=0):
             f"{n_groups}"
         )
     rng = np.random.default_rng(seed)
-    order = [
-        name for _, g in _groups_by_label(table, group) for name in rng.permutation(g)
-    ]
-    fold = {name: i % n_folds for i, name in enumerate(order)}
-    return table[group].map(fold).rename("fold")
-
-
-def _groups_by_label(table, group):
     label = table["label"] if "label" in table else pd.Series("", index=table.index)
     usual = label.groupby(table[group]).agg(lambda values: values.mode().iloc[0])
-    return [(name, part.index.to_numpy()) for name, part in usual.groupby(usual)]
+    names = [rng.permutation(part.index) for _, part in usual.groupby(usual)]
+    fold = {name: i % n_folds for i, name in enumerate(np.concatenate(names))}
+    return table[group].map(fold).rename("fold")
 
 
 def leakage_report(table, assignment="split", pixels=True):
@@ -188,9 +161,14 @@ def leakage_report(table, assignment="split", pixels=True):
     Returns
     -------
     pandas.DataFrame
-        One row a check: ``check``, ``found``, ``of``, ``detail``. Where preparations or
-        sites differ, ``found`` is the number of labels that occur under one of them
+        One row per check: ``check``, ``found``, ``of``, ``detail``. Where preparations
+        or sites differ, ``found`` is the number of labels that occur under one of them
         only, and the detail gives Cramér's V over patients.
+
+    Raises
+    ------
+    ValueError
+        If the table has no such column.
     """
     if assignment not in table:
         raise ValueError(
@@ -198,38 +176,35 @@ def leakage_report(table, assignment="split", pixels=True):
         )
     rows = []
     for unit in ("patient", "slide"):
-        shared = _in_several(table, unit, assignment)
+        shared, missing = _in_several(table, unit, assignment), table[unit].isna().sum()
+        detail = f"{missing} patches have no {unit}" if missing else _examples(shared)
         check = f"{unit}s in more than one {assignment}"
-        rows.append((check, len(shared), table[unit].nunique(), _examples(shared)))
+        rows.append((check, len(shared), table[unit].nunique(), detail))
     if pixels:
-        hashed = table.assign(pixels=patch_hashes(table))
+        images = [read_patch(row).tobytes() for row in table.itertuples(index=False)]
+        hashed = table.assign(pixels=[hashlib.sha1(x).hexdigest() for x in images])
         shared = _in_several(hashed, "pixels", assignment)
         files = hashed.drop_duplicates("pixels").set_index("pixels")["image"]
         check = f"identical images in more than one {assignment}"
         names = [Path(name).name for name in files.loc[shared]]
         rows.append((check, len(shared), len(files), _examples(names)))
-    pairs = touching_pairs(table)
-    apart = table[assignment].to_numpy()
-    crossing = int((apart[pairs[:, 0]] != apart[pairs[:, 1]]).sum())
+    part, pairs = table[assignment].to_numpy(), touching_pairs(table)
+    crossing = int((part[pairs[:, 0]] != part[pairs[:, 1]]).sum())
     detail = "pairs that overlap, or touch at an edge or a corner"
     check = f"touching patches in different {assignment}s"
     rows.append((check, crossing, len(pairs), detail))
     for cause in ("preparation", "site"):
-        if {"label", cause} <= set(table.columns) and len(set(table[cause])) > 1:
-            rows.append(_tie(table, cause))
+        if {"label", cause} <= set(table):
+            rows += _tie(table, cause)
     return pd.DataFrame(rows, columns=["check", "found", "of", "detail"])
 
 
 def touching_pairs(table):
     """Pairs of patches of one slide that overlap, or touch at an edge or a corner.
 
+    Returns int (n, 2), positions (not index labels) of the rows, the smaller first.
     Patches that are image files of their own (Kimia Path24) have no known place on
     their slide: they touch nothing.
-
-    Returns
-    -------
-    numpy.ndarray
-        int (n, 2): positions (not index labels) of the two rows, the smaller first.
     """
     scale = table["mpp"] / table["slide_mpp"] if "slide_mpp" in table else 1.0
     side = (table["size"] * scale).to_numpy(float)
@@ -238,41 +213,26 @@ def touching_pairs(table):
     where = [c for c in ("slide", "image") if c in table]
     for rows in table.groupby(where, sort=False).indices.values():
         reach = np.median(side[rows]) * 1.001
-        pairs = cKDTree(places[rows]).query_pairs(
-            reach, p=np.inf, output_type="ndarray"
-        )
-        found.append(np.sort(rows[pairs], axis=1).reshape(-1, 2))
+        near = cKDTree(places[rows]).query_pairs(reach, p=np.inf, output_type="ndarray")
+        found.append(np.sort(rows[near], axis=1).reshape(-1, 2))
     pairs = np.concatenate(found)
     return pairs[np.lexsort(pairs.T[::-1])]
 
 
-def cramers_v(a, b):
-    """Cramér's V of two labels: 0 independent, 1 one tells the other.
-
-    Examples
-    --------
-    >>> cramers_v(["a", "a", "b", "b"], [0, 0, 1, 1])
-    1.0
-    """
-    counts = pd.crosstab(pd.Series(list(a)), pd.Series(list(b))).to_numpy(float)
-    if min(counts.shape) < 2:
-        return float("nan")
-    expected = np.outer(counts.sum(1), counts.sum(0)) / counts.sum()
-    chi2 = ((counts - expected) ** 2 / expected).sum()
-    return float(np.sqrt(chi2 / (counts.sum() * (min(counts.shape) - 1))))
-
-
 def _tie(table, cause):
-    patients = table.drop_duplicates(["patient", "label", cause])
+    patients = table.dropna(subset="patient")
+    patients = patients.drop_duplicates(["patient", "label", cause])
     causes = patients.groupby("label")[cause].nunique()
-    single = causes.index[causes == 1]
-    v = cramers_v(patients["label"], patients[cause])
-    text = f"Cramér's V {v:.2f} over {patients['patient'].nunique()} patients"
     labels = patients.groupby(cause)["label"].nunique()
+    if len(labels) < 2 or len(causes) < 2:
+        return []
+    v = association(pd.crosstab(patients["label"], patients[cause]), "cramer")
+    single = list(causes.index[causes == 1])
+    text = f"Cramér's V {v:.2f} over {patients['patient'].nunique()} patients"
     text += f"; {(labels == 1).sum()} of {len(labels)} {cause}s have one label only"
-    if len(single):
-        text += f"; only one {cause}: {_examples(list(single), 4)}"
-    return f"labels with a single {cause}", len(single), len(causes), text
+    if single:
+        text += f"; only one {cause}: {_examples(single, 4)}"
+    return [(f"labels with a single {cause}", len(single), len(causes), text)]
 
 
 def _in_several(table, unit, assignment):

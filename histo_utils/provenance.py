@@ -1,8 +1,10 @@
-"""Say of every result what made it: commit, date, device, versions, data."""
+"""What made a result (commit, date, device, versions, data), and atomic writes."""
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -21,7 +23,7 @@ PACKAGES = (
 
 
 def record(result, path, *, profile, parameters, data, seconds, device=None):
-    """Write a result with its provenance as JSON; all of the file or nothing.
+    """Write a result with its provenance as JSON, atomically.
 
     Parameters
     ----------
@@ -45,7 +47,13 @@ def record(result, path, *, profile, parameters, data, seconds, device=None):
     dict
         What was written.
     """
+    if "provenance" in result:
+        raise ValueError("'provenance' is written by record(); rename that entry")
     commit, dirty = git_state()
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     provenance = {
         "commit": commit,
         "uncommitted_changes": dirty,
@@ -55,11 +63,9 @@ def record(result, path, *, profile, parameters, data, seconds, device=None):
         "device": device or f"{os.cpu_count()} CPU cores ({platform.machine()})",
         "seconds": round(float(seconds), 1),
         "python": platform.python_version(),
-        "packages": installed_versions(),
+        "packages": versions,
         "data": data,
     }
-    if "provenance" in result:
-        raise ValueError("'provenance' is written by record(); name that entry anew")
     whole = plain({**result, "provenance": provenance})
     with new_file(path) as part:
         text = json.dumps(whole, indent=1, ensure_ascii=False)
@@ -84,11 +90,8 @@ def committed(chapter):
 
 
 def project_folder():
-    """Return the project's root from any folder inside it, else the present folder.
-
-    JupyterLab runs a chapter in ``notebooks/``, papermill at the root.
-    """
-    here = Path.cwd()
+    """Return the project's root from any folder inside it, else the current folder."""
+    here = Path.cwd()  # JupyterLab runs a chapter in notebooks/, papermill at the root
     for folder in (here, *here.parents):
         if (folder / "histo_utils" / "provenance.py").exists():
             return folder
@@ -96,36 +99,54 @@ def project_folder():
 
 
 def git_state(folder="."):
-    """Return the commit of ``folder`` and whether its code differs from it.
+    """Return commit and whether files outside ``results/`` changed; else "unknown"."""
 
-    Changes under ``results/`` do not count: a run writes them. Without git, or
-    outside a repository, the commit is ``"unknown"``.
-    """
+    def git(*words):
+        command = ["git", "-C", str(folder), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
     try:
-        commit = _git(folder, "rev-parse", "--short=10", "HEAD")
-        changed = _git(folder, "status", "--porcelain").splitlines()
+        [commit] = git("rev-parse", "--short=10", "HEAD")
+        changed = git("status", "--porcelain")
     except (OSError, subprocess.CalledProcessError):
         return "unknown", None
     return commit, any(not line[3:].startswith("results/") for line in changed)
 
 
-def _git(folder, *arguments):
-    done = subprocess.run(
-        ["git", "-C", str(folder), *arguments],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return done.stdout.rstrip("\n")
+@functools.cache
+def code_hash(*modules, package=Path(__file__).parent):
+    """Hash modules ("mosaic", "encoders.saved") and all of the package they import.
 
+    Found by ast, nothing is run; docstrings, comments and layout do not count.
+    """
 
-def installed_versions(packages=PACKAGES):
-    """Versions of the packages that are installed, by name."""
-    versions = {}
-    for name in packages:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+    def source(name):
+        place = package.joinpath(*name.split(".")[1:])
+        return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+
+    wanted, found = [f"{package.name}.{name}" for name in modules], {}
+    if missing := [name for name in wanted if not source(name).exists()]:
+        raise ValueError(f"no module {missing[0]}; expected {source(missing[0])}")
+    while wanted:
+        name = wanted.pop()
+        inside = name.split(".")[0] == package.name and source(name).exists()
+        if name in found or not inside:  # not of the package, or a name in a module
             continue
-    return versions
+        tree = ast.parse(source(name).read_text("utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                wanted += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                wanted += [
+                    node.module,
+                    *(f"{node.module}.{a.name}" for a in node.names),
+                ]
+            elif isinstance(body := getattr(node, "body", None), list):
+                body[:] = [x for x in body if not isinstance(x, ast.Expr)
+                           or not isinstance(x.value, ast.Constant)]  # fmt: skip
+        found[name] = ast.dump(tree)
+    return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()
 
 
 def file_hash(path, algorithm="sha256"):
@@ -135,14 +156,7 @@ def file_hash(path, algorithm="sha256"):
 
 
 def plain(value):
-    """Turn NumPy values and NaN, at any depth, into what JSON knows.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> plain({"n": np.int64(3), "score": np.array([0.5, np.nan])})
-    {'n': 3, 'score': [0.5, None]}
-    """
+    """Turn NumPy values, tuples and NaN (to None), at any depth, into JSON's types."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
@@ -158,15 +172,7 @@ def plain(value):
 
 @contextlib.contextmanager
 def new_file(path):
-    """Give a temporary name to write to; at the end it takes the place of ``path``.
-
-    The name is ``<path>.part``, for one process at a time.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        Its folder is made if missing.
-    """
+    """Yield ``<path>.part`` to write to; at the end it replaces ``path`` atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -179,22 +185,7 @@ def new_file(path):
 
 @contextlib.contextmanager
 def new_folder(folder, names, what):
-    """Give an empty folder to write into; at the end it takes the place of ``folder``.
-
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-        The folder above it is made if missing.
-    names : set of str
-        Files that belong to such a folder: with these alone it may be replaced.
-    what : str
-        What such a folder is, for the error: "saved embeddings".
-
-    Raises
-    ------
-    FileExistsError
-        The folder exists and holds something else.
-    """
+    """Yield a new folder that replaces ``folder``, which may hold ``names`` alone."""
     folder = Path(folder)
     others = {folder.name} if folder.exists() else set()
     if folder.is_dir():
@@ -209,7 +200,7 @@ def new_folder(folder, names, what):
         folder.with_name(f".{folder.name}.{os.getpid()}.{kind}")
         for kind in ("new", "old")
     )
-    for leftover in (fresh, stale):
+    for leftover in (fresh, stale):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir()
     try:

@@ -1,73 +1,80 @@
-"""Image folders as the papers' data sets come: a folder a class, a folder a split."""
+"""Images as the papers' data sets ship them: a folder per class, a folder per split."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from PIL import Image
+from tqdm import tqdm
 
 from histo_utils import provenance
 
 NCT_CLASSES = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
-
 PATH24_CLASSES = tuple(f"s{i}" for i in range(24))
-
-# Folder names of the training and the test part. The first pair is what
-# `path24.convert_path24` writes, and what we ask to unpack Path24C into.
-PARTS = (
-    ("train", "test"),
-    ("Training", "RGBPatches-test"),  # KIMIAPath24_RGB, as Yang 2019 reads it
-    ("NCT-CRC-HE-100K", "CRC-VAL-HE-7K"),
-    ("NCT-CRC-HE-100K-NONORM", "CRC-VAL-HE-7K"),
-)
-
 MPP = 0.5  # µm per pixel of Kimia Path24 and of both NCT-CRC sets (20×)
-
+PANNUKE_MPP = 0.25  # 40×
+# A column of the patch table, and its value for each folder of class folders.
+PARTS = (
+    ("split", {"train": "train", "test": "test"}),  # Path24 and Path24C, as we ask for
+    ("split", {"Training": "train", "RGBPatches-test": "test"}),  # KIMIAPath24_RGB
+    ("split", {"NCT-CRC-HE-100K": "train", "CRC-VAL-HE-7K": "test"}),
+    ("split", {"NCT-CRC-HE-100K-NONORM": "train", "CRC-VAL-HE-7K": "test"}),
+    ("fold", {"fold1": 1, "fold2": 2, "fold3": 3}),  # as `convert_pannuke` writes
+)
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 
 
-def images(folder):
-    """Image files of a folder, sorted by name."""
-    return sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in SUFFIXES)
-
-
-def class_folders(folder):
-    """Folders of a folder that hold images: s2 before s10, else by name."""
-    found = [p for p in Path(folder).iterdir() if p.is_dir() and images(p)]
-    return sorted(found, key=lambda p: (_scan_number(p.name), p.name))
-
-
 def read_class_folders(folder):
-    """List the square images of one folder a class.
+    """List square images in class folders, or in a pair or triple of `PARTS` of these.
 
-    Only the head of each file is read. Where all classes are among ``s0`` to ``s23``
-    this is Kimia Path24 or Path24C, where a class is one slide.
-
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-
-    Returns
-    -------
-    pandas.DataFrame
-        ``image``, ``size`` (px), ``label`` (the folder's name), ``slide`` and
-        ``patient`` (the file's stem: none is known; Path24: the label), ``x``, ``y``
-        (0), ``mpp`` and ``slide_mpp`` (NaN: unknown; 0.5 for Path24 and for the nine
-        classes of NCT-CRC).
-
-    Raises
-    ------
-    ValueError
-        If an image is not square.
+    Columns of the patch table with ``label`` (the folder's name), ``slide`` (the file's
+    stem) and ``split`` or ``fold``; patients are not published. Kimia Path24 (classes
+    ``s0`` to ``s23``) has one slide per class: ``slide`` and ``patient`` are the label,
+    **and every patient is in both splits**. Its training files with the same bytes are
+    listed once, since the archives of Path24C may overlap. None if there are no such
+    folders; ValueError if an image is not square, or an NCT-CRC set lacks a class.
     """
+    folder = Path(folder)
+    column, names = max(
+        PARTS, key=lambda part: sum(bool(_class_folders(folder / n)) for n in part[1])
+    )
+    parts = [
+        _read(folder / name).assign(**{column: value})
+        for name, value in names.items()
+        if _class_folders(folder / name)
+    ]
+    if parts:
+        table = pd.concat(parts, ignore_index=True)
+        scale = {"mpp": PANNUKE_MPP, "slide_mpp": PANNUKE_MPP}
+        return table.assign(**scale) if column == "fold" else table
+    return _read(folder) if _class_folders(folder) else None
+
+
+def _class_folders(folder):
+    """Folders that hold images: s2 before s10, else by name."""
+    if not folder.is_dir():
+        return []
+
+    def order(place):
+        number = re.fullmatch(r"s(\d+)", place.name)
+        return int(number[1]) if number else -1, place.name
+
+    return sorted((p for p in folder.iterdir() if p.is_dir() and _images(p)), key=order)
+
+
+def _images(folder):
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+
+
+def _read(folder):
     rows = []
-    for place in class_folders(folder):
-        for path in images(place):
-            with Image.open(path) as image:
+    for place in _class_folders(folder):
+        for path in _images(place):
+            with Image.open(path) as image:  # its head alone is read
                 width, height = image.size
             if width != height:
                 raise ValueError(
@@ -76,100 +83,72 @@ def read_class_folders(folder):
                 )
             rows.append((str(path), width, place.name, path.stem))
     table = pd.DataFrame(rows, columns=["image", "size", "label", "slide"])
+    table["patient"] = None
     classes = set(table["label"])
-    if classes <= set(PATH24_CLASSES):
-        table["slide"] = table["label"]
-    known = classes <= set(PATH24_CLASSES) or classes == set(NCT_CLASSES)
-    mpp = MPP if known else float("nan")
-    return table.assign(patient=table["slide"], x=0, y=0, mpp=mpp, slide_mpp=mpp)
-
-
-def read_parts(folder):
-    """List the images of a data set that comes with its split as folders.
-
-    Kimia Path24 and Path24C (classes ``s0`` to ``s23``): a class is one slide, so
-    ``slide`` and ``patient`` are the label, **and every patient is in both splits**:
-    that is the data set's design, and `patches.check_patches` refuses the table until
-    one split is taken. Training files with the same bytes are listed once, because the
-    archives of Path24C may overlap.
-
-    NCT-CRC-HE-100K (train) and CRC-VAL-HE-7K (test): no patient ids are published, so
-    ``slide`` and ``patient`` are the file's stem. The two sets share no patient.
-
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-        Holds a pair of `PARTS`, or one of a pair.
-
-    Returns
-    -------
-    pandas.DataFrame or None
-        The columns of `read_class_folders` and ``split`` (``"train"``, ``"test"``);
-        None if the folder holds no such pair.
-
-    Raises
-    ------
-    ValueError
-        If an image is not square, or an NCT-CRC set has not its nine classes.
-    """
-    folder = Path(folder)
-    for names in PARTS:
-        found = {
-            split: folder / name
-            for name, split in zip(names, ("train", "test"), strict=True)
-            if (folder / name).is_dir() and class_folders(folder / name)
-        }
-        if found:
-            break
-    else:
-        return None
-    parts = []
-    for split, place in found.items():
-        part = read_class_folders(place)
-        if "CRC" in place.name:
-            _check_nine(place, set(part["label"]))
-        if split == "train" and set(part["label"]) <= set(PATH24_CLASSES):
-            part = _without_copies(part)
-        parts.append(part.assign(split=split))
-    return pd.concat(parts, ignore_index=True)
-
-
-def save_png(pixels, path):
-    """Write an image as PNG unless it is there; all of the file or nothing.
-
-    Parameters
-    ----------
-    pixels : numpy.ndarray
-        uint8 (h, w) or (h, w, 3).
-    path : str or pathlib.Path
-        Its folder is made if missing.
-    """
-    path = Path(path)
-    if path.exists():
-        return
-    with provenance.new_file(path) as part:
-        Image.fromarray(pixels).save(part, format="PNG")
-
-
-def _scan_number(name):
-    match = re.fullmatch(r"s(\d+)", name)
-    return int(match[1]) if match else -1
-
-
-def _check_nine(place, classes):
-    if classes != set(NCT_CLASSES):
+    if "CRC" in folder.name and classes != set(NCT_CLASSES):
         raise ValueError(
-            f"{place}: the class folders are {', '.join(sorted(classes))}; expected "
+            f"{folder}: the class folders are {', '.join(sorted(classes))}; expected "
             f"{', '.join(NCT_CLASSES)}; unpack the archive again"
         )
+    known = classes == set(NCT_CLASSES) or classes <= set(PATH24_CLASSES)
+    mpp = MPP if known else float("nan")
+    if classes <= set(PATH24_CLASSES):
+        table["slide"] = table["patient"] = table["label"]
+        if folder.name in ("train", "Training"):
+            table = _without_duplicates(table)
+    return table.assign(x=0, y=0, mpp=mpp, slide_mpp=mpp)
 
 
-def _without_copies(part):
-    """Rows but for files with the same bytes as an earlier one of their class."""
+def _without_duplicates(part):
     # Equal files have equal lengths: few need to be read.
     length = part["image"].map(os.path.getsize)
     alike = part.assign(length=length).duplicated(["label", "length"], keep=False)
     digest = part["image"].where(~alike, None)
-    for i in part.index[alike]:
-        digest[i] = hashlib.sha256(Path(part["image"][i]).read_bytes()).hexdigest()
+    digest[alike] = part["image"][alike].map(provenance.file_hash)
     return part[~digest.duplicated()]
+
+
+def save_png(pixels, path):
+    """Write a uint8 image (h, w[, 3]) as PNG, atomically, unless it is there."""
+    if not Path(path).exists():
+        with provenance.new_file(path) as part:
+            Image.fromarray(pixels).save(part, format="PNG")
+
+
+def convert_pannuke(folder, progress=True):
+    """Write PanNuke's arrays to ``fold<k>/<tissue>/fold<k>_<number>.png``, resumable.
+
+    ``folder`` holds ``Fold <k>/images/fold<k>/images.npy`` ((n, 256, 256, 3), 0–255,
+    any number type) and ``types.npy`` (n,) of some folds (Gamper et al. 2019, 2020);
+    FileNotFoundError if of none, ValueError if arrays do not fit each other.
+    """
+    folder = Path(folder)
+    places = {k: folder / f"Fold {k}" / "images" / f"fold{k}" for k in (1, 2, 3)}
+    places = {k: place for k, place in places.items() if place.is_dir()}
+    if not places:
+        raise FileNotFoundError(
+            f"{folder}: no 'Fold 1/images/fold1' in it; expected PanNuke's unpacked "
+            "folds (catalog.fetch('pannuke') gets them)"
+        )
+    for k, place in places.items():
+        # Never allow_pickle: an object array from outside could run code.
+        pixels = np.load(place / "images.npy", mmap_mode="r", allow_pickle=False)
+        types = np.load(place / "types.npy", allow_pickle=False)
+        if pixels.ndim != 4 or pixels.shape[-1] != 3 or len(pixels) != len(types):
+            raise ValueError(
+                f"{place}: images {pixels.shape} and {len(types)} types; expected "
+                "(n, 256, 256, 3) and n"
+            )
+        steps = tqdm(types, desc=f"fold {k}", disable=not progress, ascii=True)
+        for i, tissue in enumerate(steps):
+            name = str(tissue).replace("_", "-")
+            path = folder / f"fold{k}" / name / f"fold{k}_{i:04d}.png"
+            if path.exists():
+                continue
+            image = np.asarray(pixels[i])
+            if not (image.min() >= 0 and image.max() <= 255):  # also false for NaN
+                raise ValueError(
+                    f"{place}: image {i} has values from {image.min()} to "
+                    f"{image.max()}; expected 0 to 255"
+                )
+            save_png(np.rint(image).astype(np.uint8), path)

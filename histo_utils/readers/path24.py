@@ -22,10 +22,8 @@ from histo_utils import provenance
 from histo_utils.readers.class_folders import save_png
 
 BRIGHT = 230  # grey level from which a pixel is ground (ours)
-
 HOMOGENEOUS = 0.99  # share of a patch that has one grey level (level: Kieffer 2017)
-
-NOTE = "path24.json"
+NOTE, PARTS = "path24.json", ("train", "test")
 
 
 def convert_path24(file, folder, bright=BRIGHT, progress=True) -> pd.DataFrame:
@@ -58,7 +56,7 @@ def convert_path24(file, folder, bright=BRIGHT, progress=True) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        One row a scan: ``slide``, ``cells`` of its grid, of these ``test_place``,
+        One row per scan: ``slide``, ``cells`` of its grid, of these ``test_place``,
         ``homogeneous`` and ``train`` (kept), and ``test`` (test patches).
 
     Raises
@@ -74,25 +72,6 @@ def convert_path24(file, folder, bright=BRIGHT, progress=True) -> pd.DataFrame:
         raise ValueError(
             f"bright={bright} was given; expected a grey level of 1 to 255"
         )
-    with _open(file) as data:
-        scans, side = _check(data, file)
-        _claim(folder, {"file_bytes": file.stat().st_size, "bright": int(bright)})
-        lines = []
-        for number in tqdm(scans, unit="scan", disable=not progress, ascii=True):
-            scan = data[f"scan{number}/data"]
-            lines.append(_cut_scan(scan, folder, f"s{number}", side, bright))
-        targets = np.ravel(data["test_data/targets"][:]).astype(int)
-        steps = tqdm(targets, unit="test patch", disable=not progress, ascii=True)
-        for i, target in enumerate(steps):
-            path = folder / "test" / f"s{target}" / f"s{target}_test{i:04d}.png"
-            if not path.exists():
-                patch = data["test_data/patches"][i]
-                save_png(_whitened(patch, bright), path)
-    table = pd.DataFrame(lines)
-    return table.assign(test=[int((targets == number).sum()) for number in scans])
-
-
-def _open(file):
     try:
         import h5py
     except ImportError as error:
@@ -104,55 +83,65 @@ def _open(file):
         raise FileNotFoundError(
             f"{file}: no such file; catalog.dataset('kimia_path24') says how to get it"
         )
-    return h5py.File(file, "r")
+    with h5py.File(file, "r") as data:
+        scans, side = _check(data, file)
+        _claim(folder, {"file_bytes": file.stat().st_size, "bright": int(bright)})
+        lines = []
+        for number in tqdm(scans, unit="scan", disable=not progress, ascii=True):
+            scan = data[f"scan{number}/data"]
+            lines.append(_cut_scan(scan, folder, f"s{number}", side, bright))
+        targets = np.ravel(data["test_data/targets"][:]).astype(int)
+        steps = tqdm(targets, unit="test patch", disable=not progress, ascii=True)
+        for i, target in enumerate(steps):
+            path = folder / "test" / f"s{target}" / f"s{target}_test{i:04d}.png"
+            if not path.exists():
+                save_png(_whitened(data["test_data/patches"][i], bright), path)
+    table = pd.DataFrame(lines)
+    return table.assign(test=[int((targets == number).sum()) for number in scans])
 
 
 def _check(data, file):
     """Numbers of the scans, and the side of a patch in pixels."""
     scans = sorted(int(n[4:]) for n in data if re.fullmatch(r"scan\d+", n))
     wanted = ["test_data/patches", "test_data/targets"]
-    wanted += [f"scan{number}/data" for number in scans]
-    missing = [name for name in wanted if name not in data]
-    if missing or not scans:
+    wanted += [f"scan{number}/data" for number in scans or [0]]
+    if missing := [name for name in wanted if name not in data]:
         raise ValueError(
-            f"{file}: no {', '.join(missing) or 'scan0'} in it (it holds "
-            f"{', '.join(data)}); expected /scan<k>/data, /test_data/patches and "
-            "/test_data/targets, as in Kimia_Path24.h5"
+            f"{file}: no {', '.join(missing)} in it (it holds {', '.join(data)}); "
+            "expected /scan<k>/data, /test_data/patches and /test_data/targets, as in "
+            "Kimia_Path24.h5"
         )
-    for name in wanted[2:]:
-        if data[name].ndim != 2 or data[name].dtype != np.uint8:
+    patches, targets, *pixels = (data[name] for name in wanted)
+    for scan in pixels:
+        if scan.ndim != 2 or scan.dtype != np.uint8:
             raise ValueError(
-                f"{file}: /{name} is {data[name].dtype} {data[name].shape}; expected "
-                "uint8 with two dimensions (grey)"
+                f"{file}: {scan.name} is {scan.dtype} {scan.shape}; expected grey: "
+                "uint8 with two dimensions"
             )
-    patches, targets = (data[name] for name in wanted[:2])
-    shape = patches.shape
-    whole = patches.ndim == 3 and shape[1] == shape[2] and patches.dtype == np.uint8
-    if not whole or targets.size != shape[0]:
+    n, *sides = patches.shape
+    whole = len(sides) == 2 and sides[0] == sides[1] and patches.dtype == np.uint8
+    if not whole or targets.size != n:
         raise ValueError(
-            f"{file}: /test_data/patches is {patches.dtype} {shape} with "
+            f"{file}: /test_data/patches is {patches.dtype} {patches.shape} with "
             f"{targets.size} targets; expected uint8 (n, side, side) with n targets"
         )
-    odd = sorted({int(t) for t in np.ravel(targets[:])} - set(scans))
-    if odd:
+    if odd := sorted({int(t) for t in np.ravel(targets[:])} - set(scans)):
         raise ValueError(
             f"{file}: test targets {odd} have no scan; expected numbers among {scans}"
         )
-    return scans, shape[1]
+    return scans, sides[0]
 
 
 def _claim(folder, made):
     """Note how the folder's patches are made, or check how they were."""
     note = folder / NOTE
-    if note.exists():
-        found = json.loads(note.read_text("utf-8"))
-        if found != made:
-            raise ValueError(
-                f"{folder} holds patches made with {found}, but {made} was asked for; "
-                "give another folder, or remove this one"
-            )
-        return
-    if (folder / "train").exists() or (folder / "test").exists():
+    found = json.loads(note.read_text("utf-8")) if note.exists() else made
+    if found != made:
+        raise ValueError(
+            f"{folder} holds patches made with {found}, but {made} was given; give "
+            "another folder, or remove this one"
+        )
+    if not note.exists() and any((folder / part).exists() for part in PARTS):
         raise ValueError(
             f"{folder} holds train or test without {NOTE}: other data; give another "
             "folder"
@@ -174,17 +163,14 @@ def _cut_scan(scan, folder, label, side, bright):
     for top, strip, touched in _strips(scan, side):
         for column, taken in enumerate(touched):
             left = column * side
-            counts["cells"] += 1
-            if taken:
-                counts["test_place"] += 1
-                continue
             patch = _whitened(strip[:, left : left + side], bright)
-            if np.bincount(patch.ravel()).max() > HOMOGENEOUS * patch.size:
-                counts["homogeneous"] += 1
-                continue
-            name = f"{label}_y{top:06d}_x{left:06d}.png"
-            save_png(patch, folder / "train" / label / name)
-            counts["train"] += 1
+            same = np.bincount(patch.ravel()).max() > HOMOGENEOUS * patch.size
+            fate = "test_place" if taken else "homogeneous" if same else "train"
+            counts["cells"] += 1
+            counts[fate] += 1
+            if fate == "train":
+                name = f"{label}_y{top:06d}_x{left:06d}.png"
+                save_png(patch, folder / "train" / label / name)
     _write_json(counts, done)
     return counts
 
@@ -207,23 +193,16 @@ def _strips(scan, side):
         here, above = np.zeros((2, n_cells), bool)
         for y, white in enumerate(strip == 255):
             run = (run + 1) * white
-            cells = np.unique(_in_long_runs(run >= side, side) // side)
+            if not (run >= side).any():
+                continue
+            total = np.cumsum(np.append(0, run >= side))
+            left = np.flatnonzero(total[side:] - total[:-side] == side)  # whole squares
+            cells = np.append(left, left + side - 1) // side
             cells = cells[cells < n_cells]  # the incomplete column has no patch
             here[cells] = True
-            if y < side - 1:
-                above[cells] = True
+            above[cells] |= y < side - 1
         if waiting:
             yield waiting[0], waiting[1], waiting[2] | above
         waiting = top, strip, here
     if waiting and len(waiting[1]) == side:
         yield waiting
-
-
-def _in_long_runs(flags, length):
-    """Positions inside runs of at least ``length`` true values."""
-    if np.count_nonzero(flags) < length:
-        return np.empty(0, int)
-    edges = np.flatnonzero(np.diff(flags.astype(np.int8), prepend=0, append=0))
-    runs = edges.reshape(-1, 2)
-    runs = runs[runs[:, 1] - runs[:, 0] >= length]
-    return np.concatenate([np.arange(a, b) for a, b in runs] or [np.empty(0, int)])
