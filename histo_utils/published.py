@@ -16,6 +16,7 @@ KIEFFER_GAIN = _FACTS["kieffer_gain"]
 LGFFEM_ETA = tuple(_FACTS["lgffem_eta"])
 KIMIANET_COLUMNS = tuple(_FACTS["kimianet_columns"])
 KIMIANET_F1 = _FACTS["kimianet_f1"]
+CLAIMS = _FACTS["claims"]  # key, work, claim, published, form of what is found, tag
 RECOMPUTED = _FACTS["tags"]["recomputed"]
 ELSEWHERE = _FACTS["tags"]["elsewhere"]
 
@@ -27,7 +28,7 @@ def claims(here: dict) -> list[dict]:
         {"work": work, "claim": claim, "published": value,
          "here": form.format(*here[key]) if key in here else form,
          "tag": tags.get(tag, paper.format(tag))}
-        for key, work, claim, value, form, tag in _FACTS["claims"]
+        for key, work, claim, value, form, tag in CLAIMS
     ]  # fmt: skip
 
 

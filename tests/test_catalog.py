@@ -9,9 +9,16 @@ import pytest
 import tifffile
 from PIL import Image
 
-from histo_utils import catalog, datasets
-from histo_utils.catalog import fetch, patch_table, slide_table
-from histo_utils.datasets import DATASETS, Dataset, File, dataset
+from histo_utils import catalog
+from histo_utils.catalog import (
+    Dataset,
+    File,
+    dataset,
+    datasets,
+    fetch,
+    patch_table,
+    slide_table,
+)
 from histo_utils.patches import read_patch
 
 CONTENT = bytes(range(256)) * 4000
@@ -19,13 +26,13 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Ranges(http.server.SimpleHTTPRequestHandler):
-    """Serves ranges, notes what was asked, and can break off in the middle."""
+    """Serves ranges, notes where each began, and can break off in the middle."""
 
-    asked, break_after = [], None
+    begun, break_after = [], None
 
     def do_GET(self):
         begin = int(self.headers.get("Range", "bytes=0-")[6:-1])
-        self.asked.append(begin)
+        self.begun.append(begin)
         content = CONTENT[begin:]
         if not content:
             self.send_error(416)
@@ -41,7 +48,7 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    handler = type("Handler", (Ranges,), {"asked": [], "break_after": None})
+    handler = type("Handler", (Ranges,), {"begun": [], "break_after": None})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
         threading.Thread(target=served.serve_forever, daemon=True).start()
         handler.url = f"http://127.0.0.1:{served.server_address[1]}/toy.bin?download=1"
@@ -58,19 +65,38 @@ def toy(server, monkeypatch):
         file = File("toy.bin", f"sha256:{checksum}", len(CONTENT), url)
         toy = Dataset("toy", "Toy", "MIT", "-", "https://example.org", "-", "-",
                       "on request", (file,))  # fmt: skip
-        monkeypatch.setitem(datasets.DATASETS, "toy", toy)
+        monkeypatch.setitem(datasets(), "toy", toy)
 
     entry()
     return entry
 
 
-def test_every_entry_says_what_a_reader_must_know():
-    for name, entry in DATASETS.items():
+def test_every_entry_says_what_a_reader_must_know(tmp_path):
+    for name, entry in datasets().items():
         assert entry.name == name and entry.licence and entry.citation and entry.unit
+        assert set(entry.parts.values()) <= set(datasets())
+        assert bool(entry.parts) == bool(entry.layout)
         for file in entry.files:
             algorithm, digest = file.checksum.split(":")
             assert len(digest) == {"md5": 32, "sha256": 64}[algorithm]
             int(digest, 16)
+    keys = ["title", "licence", "citation", "homepage", "content", "unit", "access"]
+    whole = "toy:\n" + "".join(f"  {key}: words\n" for key in keys)
+    files = "  files: [{name: a, checksum: 'md5:0'}]\n"
+    path = tmp_path / "whole.yaml"
+    path.write_text(whole + files)
+    assert datasets(path)["toy"].files == (File("a", "md5:0"),)
+    for change, message in (
+        (("licence", "licences"), "toy: unknown key 'licences'; did you mean licence"),
+        (("  unit: words\n", ""), "toy: no unit"),
+        (("unit: words", "unit:"), "toy: no unit"),
+        (("checksum", "checksums"), "a: unknown key 'checksums'; did you mean checks"),
+        ((", checksum: 'md5:0'", ""), "a: no checksum"),
+    ):
+        path = tmp_path / f"{len(message)}{change[1][:4].strip()}.yaml"
+        path.write_text((whole + files).replace(*change))
+        with pytest.raises(ValueError, match=message):
+            datasets(path)
 
 
 def test_an_unknown_name_gets_the_nearest():
@@ -84,7 +110,7 @@ def test_a_file_is_fetched_once_and_verified(toy, server, tmp_path):
     assert fetch("toy", tmp_path, progress=False) == tmp_path
     assert (tmp_path / "toy.bin").read_bytes() == CONTENT
     fetch("toy", tmp_path, progress=False)
-    assert server.asked == [0]
+    assert server.begun == [0]
     assert [p.name for p in tmp_path.iterdir()] == ["toy.bin"]
 
 
@@ -96,7 +122,7 @@ def test_an_interrupted_download_goes_on(toy, server, tmp_path):
     server.break_after = None
     fetch("toy", tmp_path, progress=False)
     assert (tmp_path / "toy.bin").read_bytes() == CONTENT
-    assert server.asked[0] == 0 and 0 < server.asked[-1] <= 300_000
+    assert server.begun[0] == 0 and 0 < server.begun[-1] <= 300_000
 
 
 def test_a_part_that_was_whole_is_taken(toy, server, tmp_path):
@@ -131,7 +157,7 @@ def test_slides_of_a_folder(write_slide, tmp_path):
     (tmp_path / "notes.txt").write_text("not listed")
     table = slide_table(tmp_path, mpp=0.25)
     assert table["slide"].tolist() == ["TCGA-AB-1234-01Z-00-DX1", "other"]
-    assert table["patient"].tolist() == ["TCGA-AB-1234", "other"]
+    assert table["patient"][0] == "TCGA-AB-1234" and pd.isna(table["patient"][1])
     assert table["site"][0] == "AB" and pd.isna(table["site"][1])
     # a file that holds its scale keeps it
     assert np.isnan(table["slide_mpp"][0]) and table["slide_mpp"][1] == 0.25
@@ -214,7 +240,8 @@ def test_verify_names_the_file_that_differs(tmp_path):
 def test_lc25000_keeps_its_source_tiles(lc25000, monkeypatch):
     monkeypatch.setenv("HISTO_DATA", str(lc25000.parent))
     table = patch_table("lc25000_lung")
-    assert len(table) == 3698 and table["patient"].nunique() == 740
+    assert len(table) == 3698 and table["slide"].nunique() == 740
+    assert table["patient"].isna().all()
     assert read_patch(table.iloc[0]).shape == (224, 224, 3)
 
 

@@ -50,7 +50,7 @@ def test_expected_cutoff_score_is_the_mean_over_random_vectors():
     rng = np.random.default_rng(0)
     draws = [
         cumulative_cutoff_score(rng.standard_normal((16, 3)), labels)[:2]
-        for _ in range(3000)
+        for _ in range(1000)
     ]
     error = np.std(draws, axis=0) / np.sqrt(len(draws))
     expected = published.expected_cutoff_score(sizes)

@@ -18,7 +18,7 @@ def listed(folder, mpp, labels):
     table = slide_table(folder, mpp)
     notes = []
     for name in ("slide", "patient"):
-        table[name] = table[name].astype(str)
+        table[name] = table[name].fillna(table["slide"]).astype(str)
     if labels is not None:
         table, unused = _with_labels(table, Path(labels))
         if unused:

@@ -14,10 +14,10 @@ from histo_utils.patches import check_patches, read_patch
 from histo_utils.readers.class_folders import (
     NCT_CLASSES,
     PATH24_CLASSES,
+    convert_pannuke,
     read_class_folders,
     save_png,
 )
-from histo_utils.readers.pannuke import convert_pannuke
 from histo_utils.readers.tcga import (
     STUDIES,
     projects_of_sites,
@@ -90,11 +90,14 @@ def test_nct_crc_trains_on_one_set_and_tests_on_the_other(tmp_path):
     assert (table[["mpp", "slide_mpp"]] == 0.5).all(axis=None)
     train = table[table["split"] == "train"]
     assert train["image"].str.contains("/NCT-CRC-HE-100K/").all()
-    # no patient ids are published: each tile stands for itself
-    assert table["patient"].nunique() == 27
-    assert (table["patient"] == table["image"].map(lambda i: Path(i).stem)).all()
+    assert table["patient"].isna().all()  # no patient ids are published
+    assert (table["slide"] == table["image"].map(lambda i: Path(i).stem)).all()
     row = table.iloc[4]
     assert np.array_equal(read_patch(row), tifffile.imread(row["image"]))
+    # the same tiles in their own colours, beside the same test set
+    (place / "NCT-CRC-HE-100K").rename(place / "NCT-CRC-HE-100K-NONORM")
+    other = patch_table("nct_crc_he_100k_nonorm", folder=place)
+    assert counts(other) == counts(table)
 
 
 def test_an_nct_crc_set_with_a_class_missing_is_refused(tmp_path):
@@ -125,14 +128,12 @@ def test_what_is_missing_is_fetched_and_nothing_else(tmp_path, monkeypatch):
         patch_table("kimia_path24c", folder=place)
 
 
-def test_patients_of_other_folders_may_not_be_in_both_splits(tmp_path):
+def test_other_folders_with_a_split_have_no_patients_and_no_scale(tmp_path):
     for part in ("train", "test"):
         save_png(np.zeros((8, 8, 3), np.uint8), tmp_path / part / "a" / "same.png")
-    with pytest.raises(ValueError, match="more than one split"):
-        patch_table(tmp_path)
-    (tmp_path / "test/a/same.png").rename(tmp_path / "test/a/other.png")
     table = patch_table(tmp_path)
-    assert table["split"].tolist() == ["train", "test"] and table["mpp"].isna().all()
+    assert table["split"].tolist() == ["train", "test"]
+    assert table[["mpp", "patient"]].isna().all(axis=None)
 
 
 def test_images_that_are_not_square(tmp_path):
@@ -226,7 +227,6 @@ def test_a_slide_table_beside_tcga_slides(tcga, tmp_path):
     expected = dict(zip(names, listed["label"], strict=True))
     assert (table["label"] == table["slide"].map(expected)).all()
     assert set(table.loc[table["split"] == "test", "slide"]) == {names[3]}
-    # slide_table calls each slide a patient where its CSV has none
     assert (table["patient"] == table["slide"].str[:12]).all()
     assert table["image"].str.startswith(str(tmp_path)).all()
 
@@ -240,16 +240,17 @@ def test_two_slides_of_a_patient_and_a_slide_of_another_kind():
     table = weak_labels(toy(), pd.DataFrame({"slide": ["own"], "label": ["c"]}),
                         {"NA": "UCS"})  # fmt: skip
     assert table["label"].tolist() == ["UCS", "UCS", "c"]
-    assert table["patient"].tolist() == ["TCGA-NA-0001", "TCGA-NA-0001", "own"]
-    assert table["site"].tolist()[:2] == ["NA", "NA"] and pd.isna(table["site"][2])
+    assert table["patient"].tolist()[:2] == ["TCGA-NA-0001", "TCGA-NA-0001"]
+    assert table["site"].tolist()[:2] == ["NA", "NA"]
+    assert table[["patient", "site"]].iloc[2].isna().all()
     assert table["x"].tolist() == [1, 2, 3]
 
 
 def test_what_is_stated_wins_over_the_name():
-    mosaics = toy(label=["m", "m", "m"], patient=["p", None, "own"], site="M")
+    mosaics = toy(label=["m", "m", "m"], patient=["p", None, "q"], site="M")
     table = weak_labels(mosaics, projects={"NA": "UCS"})
     assert table["label"].tolist() == ["m"] * 3 and table["site"].tolist() == ["M"] * 3
-    assert table["patient"].tolist() == ["p", "TCGA-NA-0001", "own"]
+    assert table["patient"].tolist() == ["p", "TCGA-NA-0001", "q"]
     slides = mosaics[["slide"]].assign(label=["s", None, "s"], patient="q")
     table = weak_labels(mosaics, slides)
     assert table["label"].tolist() == ["s", "m", "s"]
@@ -270,14 +271,13 @@ def test_source_sites_and_their_projects(tcga):
         "18": "LUSC",
         "NA": "UCS",
     }
-    assert len(STUDIES) == len(set(STUDIES.values())) == 33
 
 
 @pytest.mark.tissue
 def test_every_study_of_the_site_table_is_known(monuseg):
     path = monuseg.parent / "tcga_tissue_source_sites.tsv"
-    projects = projects_of_sites(path)
-    assert set(projects.values()) == set(STUDIES.values())
+    projects, studies = projects_of_sites(path), pd.read_csv(STUDIES)["project"]
+    assert set(projects.values()) == set(studies) and len(set(studies)) == 33
     assert (projects["05"], projects["02"], projects["NA"]) == ("LUAD", "GBM", "UCS")
 
 
