@@ -24,8 +24,7 @@ from histo_utils.provenance import plain
 
 
 class Fitted(NamedTuple):
-    """A network with the weights of its best epoch (CPU, evaluation mode) and its
-    history.
+    """A network with the weights of its best epoch (on the CPU), and its history.
 
     ``history`` has one row per epoch: ``epoch`` (from 1), ``loss``, ``score`` (of
     ``validate``), ``images_per_second``, ``waiting`` (share of time without data),

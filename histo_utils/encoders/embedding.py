@@ -152,7 +152,7 @@ class _Flat(torch.nn.Module):
 
 
 def cache_key(encoder, table, transform=None):
-    """Name the folder of some vectors, by encoder, pixels, image files and transform."""
+    """Name a folder of vectors by encoder, pixels, image files and transform."""
     digest = hashlib.sha256(encoder.fingerprint().encode())
     name = identity(colour if transform is None else transform)
     digest.update(name.encode())
