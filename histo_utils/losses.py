@@ -1,18 +1,11 @@
 """Metric losses that pytorch-metric-learning lacks in this form (Yang et al. 2019).
 
-All take unit vectors and labels and are dense: every pair of the batch is looked at,
-the pair of an item with itself left out by its index. (The released code leaves it out
-by ``similarity < 1``; floating point then keeps some self-pairs and drops true
-duplicates.) Where no anchor of the batch counts, the loss is 0 with a gradient of 0, so
-that a training step does no harm. Half precision is computed in float32.
-
-References
-----------
-Yang et al., Liver histopathological image retrieval based on deep metric learning,
-BIBM 2019; steps as in easonyang1996/DML_HistoImgRetrieval, commit 9b01805.
+All are dense: every pair of the batch is looked at, the pair of an item with itself
+left out by its index. (The released code, easonyang1996/DML_HistoImgRetrieval at commit
+9b01805, leaves it out by ``similarity < 1``; floating point then keeps some self-pairs
+and drops true duplicates.) Where no anchor of the batch counts, the loss is 0 with a
+gradient of 0. Half precision is computed in float32.
 """
-
-from __future__ import annotations
 
 from itertools import combinations
 
@@ -34,12 +27,8 @@ class MultiSimilarityLoss(nn.Module):
 
     Parameters
     ----------
-    alpha, beta : float
-        Steepness for positives and negatives.
-    base : float
-        λ, the similarity about which pairs are weighed.
-    epsilon : float
-        Margin of the mining.
+    alpha, beta, base, epsilon : float
+        α and β (steepness), λ, and the margin ε of the mining.
     """
 
     def __init__(self, alpha=2.0, beta=5.0, base=0.5, epsilon=0.2):
@@ -53,11 +42,11 @@ class MultiSimilarityLoss(nn.Module):
         nearest = s.masked_fill(~negative, -torch.inf).amax(1, keepdim=True)
         hard_positive = positive & (s - self.epsilon < nearest)
         hard_negative = negative & (s + self.epsilon > farthest)
-        counts = hard_positive.any(1) & hard_negative.any(1)
         pull = _log_one_plus_sum_exp(-self.alpha * (s - self.base), hard_positive)
         push = _log_one_plus_sum_exp(self.beta * (s - self.base), hard_negative)
+        counts = hard_positive.any(1) & hard_negative.any(1)
         # 0 times the sum: a NaN, which no mask would take up, is not hidden
-        return _mean_over(pull / self.alpha + push / self.beta, counts) + 0 * s.sum()
+        return _mean(pull / self.alpha + push / self.beta, counts) + 0 * s.sum()
 
 
 class ContrastiveLoss(nn.Module):
@@ -79,9 +68,7 @@ class ContrastiveLoss(nn.Module):
     def forward(self, embeddings, labels):
         """Return the loss of unit rows (n, d) with labels (n,); a scalar."""
         s, positive, negative = _pairs(embeddings, labels)
-        push = _row_means((s - self.margin).clamp(min=0), negative)
-        pull = _row_means(s, positive)
-        return _mean_over(push - pull, positive.any(1) & negative.any(1))
+        return _contrast(-s, positive, (s - self.margin).clamp(min=0), negative)
 
 
 class ABELoss(nn.Module):
@@ -105,53 +92,45 @@ class ABELoss(nn.Module):
         one = torch.is_tensor(embeddings) and embeddings.ndim != 3
         if one or len(embeddings) < 2:
             raise ValueError(
-                "ABELoss takes a list of embeddings, one (n, d) a learner, and two or "
-                "more of them; for a single learner use ContrastiveLoss"
+                "ABELoss takes a list of embeddings, one (n, d) per learner, and two "
+                "or more of them; for a single learner use ContrastiveLoss"
             )
-        learners = [_full(x) for x in embeddings]
-        contrast = torch.stack([self._contrast(x, labels) for x in learners]).mean()
+        learners, margin = [_full(x) for x in embeddings], self.margin_div
+        pairs = [_pairs(x, labels) for x in learners]
+        each = [_contrast((self.margin - s).clamp(min=0), p, s, n) for s, p, n in pairs]
         apart = [
-            ((a * b).sum(1) - self.margin_div).clamp(min=0).mean()
+            ((a * b).sum(1) - margin).clamp(min=0).mean()
             for a, b in combinations(learners, 2)
         ]
-        return contrast + self.lambda_div * torch.stack(apart).mean()
-
-    def _contrast(self, x, labels):
-        s, positive, negative = _pairs(x, labels)
-        pull = _row_means((self.margin - s).clamp(min=0), positive)
-        push = _row_means(s, negative)
-        return _mean_over(pull + push, positive.any(1) & negative.any(1))
+        return torch.stack(each).mean() + self.lambda_div * torch.stack(apart).mean()
 
 
 def _pairs(embeddings, labels):
     """Similarities (n, n) and which pairs are positive, which negative."""
     x = _full(embeddings)
     if x.ndim != 2 or len(x) != len(labels):
-        raise ValueError(
-            f"embeddings of shape {tuple(x.shape)} with {len(labels)} labels; expected "
-            "(n, d) and n"
-        )
+        given = f"embeddings of shape {tuple(x.shape)} with {len(labels)} labels"
+        raise ValueError(f"{given}; expected (n, d) and n")
     labels = torch.as_tensor(labels, device=x.device)
     same = labels[:, None] == labels[None]
-    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
-    return x @ x.T, same & ~itself, ~same
+    return x @ x.T, same & ~torch.eye(len(x), dtype=bool, device=x.device), ~same
 
 
 def _full(x):
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def _contrast(pull, positive, push, negative):
+    values = _mean(pull, positive, 1) + _mean(push, negative, 1)
+    return _mean(values, positive.any(1) & negative.any(1))
+
+
 def _log_one_plus_sum_exp(values, mask):
     """ln(1 + Σ exp(values)) over the masked entries of each row, without overflow."""
-    zero = torch.zeros_like(values[:, :1])
     kept = values.masked_fill(~mask, -torch.inf)
-    return torch.logsumexp(torch.cat([zero, kept], 1), 1)
+    return torch.logsumexp(nn.functional.pad(kept, (1, 0)), 1)
 
 
-def _row_means(values, mask):
-    return (values * mask).sum(1) / mask.sum(1).clamp(min=1)
-
-
-def _mean_over(values, counts):
-    """Mean of the anchors that count; 0 with a gradient if none does."""
-    return (values * counts).sum() / counts.sum().clamp(min=1)
+def _mean(values, mask, dim=None):
+    """Mean of the masked values; 0 with a gradient of 0 if there are none."""
+    return (values * mask).sum(dim) / mask.sum(dim).clamp(min=1)

@@ -2,23 +2,6 @@
 
 What a vector means depends on the weights, the input size, the scaling, the pooling
 and the µm per pixel. `Encoder` holds them together.
-
-encoder
-    `Encoder` and its `Card`
-pretrained
-    `frozen`, `projected`, `fused`: from timm
-embedding
-    `embed`: a patch table to vectors, with a cache
-recipes
-    `NETWORKS`, `build`: networks as plain data
-checkpoints
-    weights, read without executing anything
-saved
-    `save`, `load`
-stored
-    `stored`: a frozen front, run once to train behind it
-published
-    `load_published`: the authors' KimiaNet and LGFFEM
 """
 
 from histo_utils.encoders.embedding import (
@@ -29,30 +12,14 @@ from histo_utils.encoders.embedding import (
     inputs,
 )
 from histo_utils.encoders.encoder import Card, Encoder
-from histo_utils.encoders.pretrained import frozen, fused, projected
 from histo_utils.encoders.published import load_published
-from histo_utils.encoders.recipes import NETWORKS, build
+from histo_utils.encoders.registry import NETWORKS, build, frozen, fused, projected
 from histo_utils.encoders.saved import load, save
 from histo_utils.encoders.stored import stored
 from histo_utils.networks.projected import POOLINGS, Pooled
 
 __all__ = [
-    "NETWORKS",
-    "PIXEL_COLUMNS",
-    "POOLINGS",
-    "Card",
-    "Encoder",
-    "Pooled",
-    "build",
-    "cache_key",
-    "embed",
-    "frozen",
-    "fused",
-    "identity",
-    "inputs",
-    "load",
-    "load_published",
-    "projected",
-    "save",
-    "stored",
-]
+    "NETWORKS", "PIXEL_COLUMNS", "POOLINGS", "Card", "Encoder", "Pooled", "build",
+    "cache_key", "embed", "frozen", "fused", "identity", "inputs", "load",
+    "load_published", "projected", "save", "stored",
+]  # fmt: skip

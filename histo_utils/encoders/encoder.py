@@ -1,7 +1,5 @@
 """What an encoder is: a network with all that must travel with it."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 
@@ -12,31 +10,14 @@ from histo_utils.loaders import Preprocessing
 
 @dataclass(frozen=True)
 class Card:
-    """What a reader must know of an encoder before believing its scores.
+    """What a reader must know of an encoder before believing its scores."""
 
-    Attributes
-    ----------
-    weights : str
-        Where they come from.
-    pooling : str
-        How a feature map becomes a vector.
-    licence : str
-        Of the weights.
-    mpp : float or None
-        µm per pixel of the images it was trained on; None for natural images, or
-        where it is not known.
-    gated : bool or None
-        Whether the weights need an account or an agreement; None: not known.
-    tcga : bool or None
-        Whether TCGA slides were trained on; None: not known.
-    """
-
-    weights: str
-    pooling: str
-    licence: str = "unknown"
-    mpp: float | None = None
-    gated: bool | None = False
-    tcga: bool | None = None
+    weights: str  # where they come from
+    pooling: str  # how a feature map becomes a vector
+    licence: str = "unknown"  # of the weights
+    mpp: float | None = None  # µm/px trained at; None: natural images, or not known
+    gated: bool | None = False  # need an account or an agreement; None: not known
+    tcga: bool | None = None  # trained on TCGA slides; None: not known
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,13 +41,8 @@ class Encoder:
     An adapter for a network of one's own:
 
     >>> network = torch.nn.Sequential(torch.nn.AvgPool2d(32), torch.nn.Flatten())
-    >>> mine = Encoder(
-    ...     name="mean colour",
-    ...     network=network,
-    ...     preprocessing=Preprocessing(size=32),
-    ...     dimension=3,
-    ...     card=Card("none", "mean", licence="MIT", mpp=0.5, tcga=False),
-    ... )
+    >>> card = Card("none", "mean", licence="MIT", mpp=0.5, tcga=False)
+    >>> mine = Encoder("mean colour", network, Preprocessing(size=32), 3, card)
     >>> mine.describe()["trained at, µm/px"]
     0.5
     """

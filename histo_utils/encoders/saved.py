@@ -1,7 +1,5 @@
 """Encoders on disk: weights as safetensors, everything else as JSON."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import asdict
@@ -12,7 +10,7 @@ from safetensors.torch import save_file
 from histo_utils import provenance
 from histo_utils.encoders.checkpoints import fit_state, read_state
 from histo_utils.encoders.encoder import Card, Encoder
-from histo_utils.encoders.recipes import NETWORKS, build
+from histo_utils.encoders.registry import NETWORKS, build
 from histo_utils.loaders import Preprocessing
 
 FORMAT = 1  # of a saved encoder
@@ -97,42 +95,34 @@ def load(folder, device="cpu") -> Encoder:
             f"{folder} has no {' and no '.join(missing)}; expected a folder written by "
             "encoders.save"
         )
+    damaged = "is damaged; save the encoder again"
     try:
         facts = json.loads((folder / FACTS).read_text("utf8"))
         version = facts["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder / FACTS} is damaged ({error!r}); save the encoder again"
-        ) from error
+        raise ValueError(f"{folder / FACTS} {damaged} ({error!r})") from error
     if version != FORMAT:
         raise ValueError(
             f"{folder / FACTS} has format {version}; this version of histo_utils reads "
             f"{FORMAT}: update histo_utils"
         )
-    absent = KEYS - facts.keys()
+    absent = ", ".join(sorted(KEYS - facts.keys()))
     if absent:
-        raise ValueError(
-            f"{folder / FACTS} says nothing of {', '.join(sorted(absent))}: it is "
-            "damaged; save the encoder again"
-        )
+        raise ValueError(f"{folder / FACTS} {damaged}: it says nothing of {absent}")
     state = read_state(folder / WEIGHTS)
     if _sha256(folder / WEIGHTS) != facts["weights_sha256"]:
         raise ValueError(
             f"{folder / WEIGHTS} is not the file that was saved (another SHA-256): it "
             "is damaged or was replaced; save the encoder again"
         )
-    network = build(facts["recipe"])
-    fit_state(network, state, str(folder))
+    network = fit_state(build(facts["recipe"]), state, str(folder))
     how = facts["preprocessing"]
     how |= {"mean": tuple(how["mean"]), "std": tuple(how["std"])}
     return Encoder(
-        name=facts["name"],
-        network=network.requires_grad_(False).eval().to(device),
-        preprocessing=Preprocessing(**how),
-        dimension=facts["dimension"],
-        card=Card(**facts["card"]),
-        recipe=facts["recipe"],
-    )
+        facts["name"], network.requires_grad_(False).eval().to(device),
+        Preprocessing(**how), facts["dimension"], Card(**facts["card"]),
+        facts["recipe"],
+    )  # fmt: skip
 
 
 def _sha256(path):

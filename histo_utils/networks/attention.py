@@ -1,67 +1,24 @@
 """Residual networks with attention inside (Yang et al. 2019).
 
 Two kinds of attention are mixed: squeeze-and-excitation weighs the channels within each
-block, and a sigmoid mask weighs every channel at every place of the third stage's map.
-
-References
-----------
-Yang et al., Liver histopathological image retrieval based on deep metric learning,
-BIBM 2019; details as in easonyang1996/DML_HistoImgRetrieval, commit 9b01805.
+block, and a sigmoid mask weighs every channel at every place of the third stage's map
+(details as in easonyang1996/DML_HistoImgRetrieval, commit 9b01805).
 """
 
-from __future__ import annotations
-
-import torch
 import torch.nn.functional as F
+from timm.layers import SEModule
 from torch import nn
 
 EXPANSION = 4  # a bottleneck's output has four times its inner width
 REDUCTION = 16  # of the channels inside squeeze-and-excitation
 
 
-class SqueezeExcitation(nn.Module):
-    """Weigh each channel by a gate computed from the means of all channels.
-
-    Parameters
-    ----------
-    channels : int
-    reduction : int
-        The gate's inner layer has ``channels // reduction`` units.
-    """
-
-    def __init__(self, channels: int, reduction: int = REDUCTION):
-        super().__init__()
-        self.fc1 = nn.Conv2d(channels, channels // reduction, 1)
-        self.fc2 = nn.Conv2d(channels // reduction, channels, 1)
-
-    def forward(self, x):
-        """Return the weighed map; (b, c, h, w) to the same."""
-        means = F.adaptive_avg_pool2d(x, 1)
-        return x * torch.sigmoid(self.fc2(F.relu(self.fc1(means))))
-
-
 class Bottleneck(nn.Module):
-    """Residual block 1×1, 3×3, 1×1; the stride is on the 3×3.
+    """Residual block 1×1, 3×3 (with the stride), 1×1 to ``4 * width`` channels."""
 
-    timm's ``legacy_seresnet50`` has the same shapes with the stride on the first 1×1:
-    its weights load, but mean a slightly different network.
-
-    Parameters
-    ----------
-    in_channels, width : int
-        The output has ``4 * width`` channels.
-    stride : int
-    reduction : int or None
-        Of the squeeze-and-excitation after the third batch norm; None leaves it out.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        width: int,
-        stride: int = 1,
-        reduction: int | None = None,
-    ):
+    # timm's legacy_seresnet50 has the same shapes with the stride on the first 1×1: its
+    # weights load, but mean a slightly different network.
+    def __init__(self, in_channels, width, stride=1, reduction=None):
         super().__init__()
         out = EXPANSION * width
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
@@ -70,7 +27,9 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, out, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out)
-        self.se_module = SqueezeExcitation(out, reduction) if reduction else None
+        self.se_module = None
+        if reduction:
+            self.se_module = SEModule(out, rd_channels=out // reduction)
         self.downsample = None
         if stride > 1 or in_channels != out:
             project = nn.Conv2d(in_channels, out, 1, stride, bias=False)
@@ -103,7 +62,7 @@ class MixedAttentionSEResNet50(nn.Module):
     ======== ================================================== ==================
 
     45,731,440 parameters for 512 dimensions, 27,088,112 without the mask. The mean is
-    over whatever map there is; the released 7×7 pool fails for other sizes than 224.
+    over a map of any size; the released 7×7 pool fails for other images than 224 px.
 
     Parameters
     ----------
@@ -136,23 +95,10 @@ class MixedAttentionSEResNet50(nn.Module):
 
 
 class BranchedAttentionResNet50(nn.Module):
-    """ResNet-50 whose learners differ in their attention mask only (Yang et al. 2019).
+    """ResNet-50 whose learners share all but their mask (Yang et al. 2019)."""
 
-    As `MixedAttentionSEResNet50` without squeeze-and-excitation. The three blocks of
-    the attention are shared; each learner has its own 1×1 conv, BN and sigmoid (2048 to
-    1024 channels), and shares stage 4 and the linear layer with the others. The shared
-    attention is computed once; the released code runs it once a learner, with the same
-    outcome but for how often its running means move.
-
-    47,131,840 parameters for 4 learners of 128 dimensions.
-
-    Parameters
-    ----------
-    learners : int
-    dim : int
-        Length of each learner's embedding.
-    """
-
+    # 47,131,840 parameters for 4 learners of 128 dimensions. The shared attention runs
+    # once, in the released code per learner: running means there move more often.
     def __init__(self, learners: int = 4, dim: int = 128):
         super().__init__()
         self.stem = _stem()
@@ -165,7 +111,7 @@ class BranchedAttentionResNet50(nn.Module):
         self.embed = nn.Linear(2048, dim)
 
     def forward(self, x):
-        """Return a list of unit vectors (b, dim), one a learner."""
+        """Return a list of unit vectors (b, dim), one per learner."""
         x = self.stage3(self.stage2(self.stage1(self.stem(x))))
         attention = self.attention(x)
         maps = [self.stage4(x * mask(attention)) for mask in self.masks]
@@ -173,12 +119,9 @@ class BranchedAttentionResNet50(nn.Module):
 
 
 def _stem():
-    return nn.Sequential(
-        nn.Conv2d(3, 64, 7, 2, padding=3, bias=False),
-        nn.BatchNorm2d(64),
-        nn.ReLU(),
-        nn.MaxPool2d(3, 2, ceil_mode=True),
-    )
+    conv = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)
+    pool = nn.MaxPool2d(3, 2, ceil_mode=True)
+    return nn.Sequential(conv, nn.BatchNorm2d(64), nn.ReLU(), pool)
 
 
 def _stage(in_channels, width, blocks, stride, reduction=None):

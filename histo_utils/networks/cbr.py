@@ -5,43 +5,14 @@ not give, and Kieffer et al. with a network from scratch. This one stands in for
 and reproduces neither.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
 from torch import nn
 
 
 class CBRNet(nn.Module):
-    """Convolution, batch norm and ReLU, a few times; then the mean and a linear layer.
+    """Per width: 3×3 conv, BN, ReLU, 2×2 max-pool; the mean; linear if ``dim``."""
 
-    Each stage is one 3×3 convolution without bias, batch norm, ReLU and a 2×2 max-pool
-    that rounds up; stage i gives ``widths[i]`` channels at 1 / 2^(i+1) of the size.
-
-    ==================== ========================== ============
-    widths               outputs                    parameters
-    ==================== ========================== ============
-    (32, 64, 128, 256)   256 features               388,896
-    (32, 64, 128, 256)   24 classes                 395,064
-    ==================== ========================== ============
-
-    Parameters
-    ----------
-    widths : sequence of int
-        Channels after each stage.
-    dim : int or None
-        Length of the output: classes or dimensions of an embedding, linear, not
-        normalised. None gives the pooled features themselves.
-
-    Raises
-    ------
-    ValueError
-        If there is no stage.
-    """
-
-    def __init__(
-        self, widths: Sequence[int] = (32, 64, 128, 256), dim: int | None = None
-    ):
+    # widths (32, 64, 128, 256): 388,896 parameters, 395,064 with 24 classes
+    def __init__(self, widths=(32, 64, 128, 256), dim=None):
         super().__init__()
         if not widths:
             raise ValueError("CBRNet without widths; give the channels of each stage")
@@ -57,9 +28,6 @@ class CBRNet(nn.Module):
 
 
 def _stage(in_channels, out_channels):
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(),
-        nn.MaxPool2d(2, ceil_mode=True),
-    )
+    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+    pool = nn.MaxPool2d(2, ceil_mode=True)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU(), pool)

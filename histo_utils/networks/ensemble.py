@@ -1,12 +1,7 @@
 """An ensemble of learners that share one GoogLeNet (ABE-M in Yang et al. 2019).
 
-References
-----------
-Yang et al., Liver histopathological image retrieval based on deep metric learning,
-BIBM 2019; Kim et al., Attention-based ensemble for deep metric learning, ECCV 2018.
+After Kim et al., Attention-based ensemble for deep metric learning, ECCV 2018.
 """
-
-from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
@@ -24,34 +19,24 @@ WIDTHS = {
     "5a": (256, 160, 320, 32, 128, 128),
     "5b": (384, 192, 384, 48, 128, 128),
 }
+STAGE4 = ("4a", "4b", "4c", "4d", "4e")
 
 
 class Inception(nn.Module):
-    """Four branches side by side, each conv with bias, batch norm and ReLU.
-
-    The third branch is a true 5×5, the fourth a 3×3 max-pool of stride 1.
-
-    Parameters
-    ----------
-    in_channels : int
-    one, three_in, three, five_in, five, pooled : int
-        Widths, in the order of `WIDTHS`.
-    """
+    """Four branches side by side, of the widths of `WIDTHS`; height and width stay."""
 
     def __init__(self, in_channels, one, three_in, three, five_in, five, pooled):
         super().__init__()
         c = in_channels
-        self.branches = nn.ModuleList(
-            [
-                nn.Sequential(*_conv(c, one, 1)),
-                nn.Sequential(*_conv(c, three_in, 1), *_conv(three_in, three, 3)),
-                nn.Sequential(*_conv(c, five_in, 1), *_conv(five_in, five, 5)),
-                nn.Sequential(nn.MaxPool2d(3, 1, padding=1), *_conv(c, pooled, 1)),
-            ]
-        )
+        self.branches = nn.ModuleList([
+            nn.Sequential(*_conv(c, one, 1)),
+            nn.Sequential(*_conv(c, three_in, 1), *_conv(three_in, three, 3)),
+            nn.Sequential(*_conv(c, five_in, 1), *_conv(five_in, five, 5)),
+            nn.Sequential(nn.MaxPool2d(3, 1, padding=1), *_conv(c, pooled, 1)),
+        ])  # fmt: skip
 
     def forward(self, x):
-        """Return the branches' maps, one after the other; height and width stay."""
+        """Return the branches' maps, one after the other."""
         return torch.cat([branch(x) for branch in self.branches], 1)
 
 
@@ -64,7 +49,7 @@ class ABEM(nn.Module):
     stem      7×7/2 conv, pool, 3×3 conv, pool                   192 × 28 × 28
     stage3    inception 3a, 3b, pool: the features               480 × 14 × 14
     attention copies of 4a-4e, shared by the learners            832 × 14 × 14
-    masks     1×1 conv, BN, ReLU, one a learner                  480 × 14 × 14
+    masks     1×1 conv, BN, ReLU, one per learner                480 × 14 × 14
     stage4    4a-4e, pool, on features · mask, shared            832 × 7 × 7
     stage5    5a, 5b, shared                                     1024 × 7 × 7
     embed     mean, dropout of channels, linear, unit length     dim / learners
@@ -72,8 +57,8 @@ class ABEM(nn.Module):
 
     10,534,720 parameters for 4 learners. Pools are 3×3/2 and round up as in GoogLeNet
     (how the released ones treat their border was not recorded: ours). The shared
-    attention is computed once a batch, not once a learner. The mask is a ReLU, so it
-    may also magnify.
+    attention is computed once per batch, not once per learner. The mask is a ReLU, so
+    it may also magnify.
 
     Parameters
     ----------
@@ -99,19 +84,17 @@ class ABEM(nn.Module):
             *_conv(3, 64, 7, stride=2), _pool(), *_conv(64, 192, 3), _pool()
         )
         self.stage3 = nn.Sequential(*_inceptions(192, "3a", "3b"), _pool())
-        self.attention = nn.Sequential(*_inceptions(480, "4a", "4b", "4c", "4d", "4e"))
+        self.attention = nn.Sequential(*_inceptions(480, *STAGE4))
         self.masks = nn.ModuleList(
             nn.Sequential(*_conv(832, 480, 1)) for _ in range(learners)
         )
-        self.stage4 = nn.Sequential(
-            *_inceptions(480, "4a", "4b", "4c", "4d", "4e"), _pool()
-        )
+        self.stage4 = nn.Sequential(*_inceptions(480, *STAGE4), _pool())
         self.stage5 = nn.Sequential(*_inceptions(832, "5a", "5b"))
         self.dropout = nn.Dropout2d(dropout)
         self.embed = nn.Linear(1024, dim // learners)
 
     def forward(self, x):
-        """Return a list of unit vectors (b, dim / learners), one a learner."""
+        """Return a list of unit vectors (b, dim / learners), one per learner."""
         features = self.stage3(self.stem(x))
         attention = self.attention(features)
         return [self._learn(features * mask(attention)) for mask in self.masks]
@@ -122,7 +105,7 @@ class ABEM(nn.Module):
 
 
 def _conv(in_channels, out_channels, kernel, stride=1):
-    """Layers of one convolution that keeps the size but for its stride."""
+    """Convolution with bias that keeps the size but for its stride, BN, ReLU."""
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2)
     return conv, nn.BatchNorm2d(out_channels), nn.ReLU()
 

@@ -1,10 +1,10 @@
 """Grad-CAM: where in an image a score of a network comes from."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+NO_PATH = "the scores do not depend on the layer; choose an earlier one"
 
 
 def grad_cam(network, layer, images, scores) -> np.ndarray:
@@ -18,14 +18,13 @@ def grad_cam(network, layer, images, scores) -> np.ndarray:
     Parameters
     ----------
     network : torch.nn.Module
-        Used in evaluation mode and left as it was; nothing of it is changed, and its
-        parameters may be frozen.
+        Used in evaluation mode and left as it was; its parameters may be frozen.
     layer : torch.nn.Module
         Module of the network that gives (b, c, u, v), such as the last convolution.
     images : (b, 3, h, w) float tensor
         Preprocessed, on the network's device.
     scores : callable, int or (b,) array of int
-        Takes the network's output, returns one score an image (b,); or the class, or
+        Takes the network's output, returns one score per image (b,); or the class, or
         each image's class, whose output is the score. For retrieval: the similarity to
         the vector of a neighbour.
 
@@ -48,19 +47,17 @@ def grad_cam(network, layer, images, scores) -> np.ndarray:
     array([[[1., 0.],
             [0., 1.]]], dtype=float32)
     """
+    which = f"the layer, a {type(layer).__name__},"
     if not any(module is layer for module in network.modules()):
-        raise ValueError(
-            f"the layer, a {type(layer).__name__}, is not in the network; expected one "
-            "of network.modules()"
-        )
+        raise ValueError(f"{which} is not in the network; see network.modules()")
     seen = []
 
     def watch(module, given, found):
         if not torch.is_tensor(found) or found.ndim != 4:
-            shape = tuple(getattr(found, "shape", ()))
+            given = tuple(getattr(found, "shape", ())) or type(found)
             raise ValueError(
-                f"the layer, a {type(module).__name__}, gave {shape or type(found)}; "
-                "expected a map (b, c, u, v): choose a layer before the pooling"
+                f"{which} gave {given}; expected a map (b, c, u, v): choose a layer "
+                "before the pooling"
             )
         torch.set_grad_enabled(True)  # until the caller's context ends
         seen.append(found.detach().clone().requires_grad_())
@@ -73,17 +70,15 @@ def grad_cam(network, layer, images, scores) -> np.ndarray:
         with torch.inference_mode(False), torch.no_grad():
             values = _scored(network(images), scores, len(images))
             if len(seen) != 1:
-                raise ValueError(
-                    f"the layer ran {len(seen)} times for one batch; choose one that "
-                    "runs once"
-                )
+                times = f"ran {len(seen)} times for one batch"
+                raise ValueError(f"{which} {times}; choose one that runs once")
             slopes = torch.autograd.grad(values.sum(), seen[0], allow_unused=True)[0]
     finally:
         hook.remove()
         for module, training in modes.items():
             module.training = training
     if slopes is None:
-        raise ValueError("the scores do not depend on the layer; choose an earlier one")
+        raise ValueError(NO_PATH)
     weights = slopes.mean(dim=(2, 3), keepdim=True)
     heat = F.relu((weights * seen[0].detach()).sum(dim=1, keepdim=True)).float()
     heat = F.interpolate(heat, images.shape[-2:], mode="bilinear")[:, 0]
@@ -94,8 +89,8 @@ def grad_cam(network, layer, images, scores) -> np.ndarray:
 def _scored(output, scores, n):
     if callable(scores):
         values = scores(output)
-        if not torch.is_tensor(values) or values.shape != (n,):
-            shape = tuple(getattr(values, "shape", ()))
+        shape = tuple(getattr(values, "shape", ()))
+        if not torch.is_tensor(values) or shape != (n,):
             raise ValueError(f"scores gave {shape} for {n} images; expected ({n},)")
     else:
         classes = torch.as_tensor(scores, device=output.device).expand(n)
@@ -106,5 +101,5 @@ def _scored(output, scores, n):
             )
         values = output[torch.arange(n, device=output.device), classes]
     if not values.requires_grad:
-        raise ValueError("the scores do not depend on the layer; choose an earlier one")
+        raise ValueError(NO_PATH)
     return values

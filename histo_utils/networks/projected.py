@@ -1,6 +1,4 @@
-"""A pretrained network up to its vector, and a short projection of that vector."""
-
-from __future__ import annotations
+"""A network up to its vector, and what is put on that vector."""
 
 import torch
 import torch.nn.functional as F
@@ -11,26 +9,10 @@ POOLINGS = ("head", "mean", "mean_before_relu")
 class Pooled(torch.nn.Module):
     """A timm network up to its vector.
 
-    Parameters
-    ----------
-    network : torch.nn.Module
-        From timm.
-    pooling : {"head", "mean", "mean_before_relu"}
-        ``head``: what timm's own head hands to the classifier (the second fully
-        connected layer for VGG, the pooled map for most others). ``mean``: global
-        average of the last feature map. ``mean_before_relu``: DenseNet's last
-        batch norm without its ReLU, averaged, as KimiaNet's features are made; timm's
-        ``norm5`` holds the ReLU inside, so its feature map is another one.
-
-    Attributes
-    ----------
-    dimension : int
-        Length of a vector.
-
-    Raises
-    ------
-    ValueError
-        An unknown pooling, or ``mean_before_relu`` for a network without ``norm5``.
+    ``head``: what timm's own head hands to the classifier (the second fully connected
+    layer for VGG, the pooled map for most others). ``mean``: global average of the last
+    feature map. ``mean_before_relu``: DenseNet's last batch norm without its ReLU,
+    averaged, as KimiaNet's features are made (timm's ``norm5`` holds the ReLU inside).
     """
 
     def __init__(self, network, pooling="head"):
@@ -39,9 +21,8 @@ class Pooled(torch.nn.Module):
             raise ValueError(
                 f"unknown pooling {pooling!r}; valid are {', '.join(POOLINGS)}"
             )
-        if pooling == "mean_before_relu" and not hasattr(
-            getattr(network, "features", None), "norm5"
-        ):
+        features = getattr(network, "features", None)
+        if pooling == "mean_before_relu" and not hasattr(features, "norm5"):
             raise ValueError(
                 f"pooling='mean_before_relu' for a {type(network).__name__}; it is "
                 "there for timm's DenseNets, whose last layer is features.norm5"
@@ -59,8 +40,7 @@ class Pooled(torch.nn.Module):
         """Return (b, dimension) vectors of (b, 3, h, w) images."""
         if self.pooling == "mean_before_relu":
             norm = self.network.features.norm5
-            for layer in self.network.features[:-1]:
-                x = layer(x)
+            x = self.network.features[:-1](x)
             x = F.batch_norm(
                 x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
                 training=False, eps=norm.eps,
@@ -73,26 +53,7 @@ class Pooled(torch.nn.Module):
 
 
 class Projected(torch.nn.Module):
-    """Vectors of a network, mapped linearly to ``dim`` numbers, of length 1.
-
-    What metric learning trains: a backbone with one linear layer, then the L2
-    normalisation under which inner products are cosines.
-
-    Parameters
-    ----------
-    body : torch.nn.Module
-        (b, 3, h, w) in, (b, body.dimension) out; a `Pooled`.
-    dim : int
-        Length of a projected vector.
-
-    Examples
-    --------
-    >>> body = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-    >>> body.dimension = 3
-    >>> vectors = Projected(body, dim=2)(torch.rand(4, 3, 8, 8))
-    >>> tuple(vectors.shape), bool(torch.allclose(vectors.norm(dim=1), torch.ones(4)))
-    ((4, 2), True)
-    """
+    """Vectors of ``body``, mapped linearly to ``dim`` numbers, of length 1."""
 
     def __init__(self, body, dim=128):
         super().__init__()
@@ -105,21 +66,12 @@ class Projected(torch.nn.Module):
         return self.projection.out_features
 
     def forward(self, x):
-        """Return (b, dim) unit vectors of (b, 3, h, w) images."""
+        """Return (b, dim) unit vectors, whose inner products are cosines."""
         return F.normalize(self.projection(self.body(x)), dim=1)
 
 
 class Joined(torch.nn.Module):
-    """One vector of several learners': the unit vectors side by side, normalised.
-
-    With M learners the cosine of two joined vectors is the mean of the learners' M
-    cosines, so no learner weighs more than another.
-
-    Parameters
-    ----------
-    body : torch.nn.Module
-        (b, 3, h, w) in, a list of (b, d) unit vectors out.
-    """
+    """M learners' unit vectors side by side; a cosine is the mean of theirs."""
 
     def __init__(self, body):
         super().__init__()

@@ -1,6 +1,4 @@
-"""Encoders of pretrained timm networks, frozen or with a part to be trained."""
-
-from __future__ import annotations
+"""Encoders of pretrained networks, and the networks that can be built by name."""
 
 import difflib
 import os
@@ -10,11 +8,11 @@ from pathlib import Path
 import timm
 import torch
 
+from histo_utils import networks
 from histo_utils.encoders.checkpoints import fit_state, local_weights, read_state
 from histo_utils.encoders.encoder import Card, Encoder
-from histo_utils.encoders.recipes import build
 from histo_utils.loaders import INTERPOLATIONS, Preprocessing
-from histo_utils.networks.projected import Pooled
+from histo_utils.networks import Joined, Pooled, Projected
 
 # The book's common network: an 8-bit release with the batch norm folded in, decoded to
 # floats; padded as TensorFlow pads. timm's own weights of that name are others.
@@ -34,9 +32,9 @@ def frozen(
     Parameters
     ----------
     name : str
-        As timm knows it: ``vgg16.tv_in1k``, ``inception_v3.tv_in1k``, …; or a timm
-        model of anybody's, ``hf-hub:<owner>/<model>`` or ``local-dir:<folder>``. What
-        such a model was trained on is not known here: its card says so.
+        As timm knows it: ``vgg16.tv_in1k``, ``inception_v3.tv_in1k``, …; or anybody's
+        timm model, ``hf-hub:<owner>/<model>`` or ``local-dir:<folder>``. What such a
+        model was trained on is not known here: its card says so.
     weights : path, optional
         A ``.safetensors`` or PyTorch state dict; loaded strictly.
     pooling : {"head", "mean", "mean_before_relu"}
@@ -94,22 +92,20 @@ def frozen(
     card = Card(source, pooling, licence or "unknown", None, gated=known, tcga=known)
     recipe = {"network": "timm", "name": name, "pooling": pooling, **options}
     recipe = None if foreign else recipe  # its layers stand in somebody's file
-    preprocessing = _preprocessing(network, ours, size)
-    return Encoder(name, pooled, preprocessing, pooled.dimension, card, recipe)
+    if ours:
+        how = Preprocessing((0.5,) * 3, (0.5,) * 3, size or 224, "bilinear")
+    else:
+        cfg = network.pretrained_cfg
+        way = cfg.get("interpolation")
+        way = way if way in INTERPOLATIONS else "bilinear"
+        size = size or cfg["input_size"][-1]
+        how = Preprocessing(tuple(cfg["mean"]), tuple(cfg["std"]), size, way)
+    return Encoder(name, pooled, how, pooled.dimension, card, recipe)
 
 
 def projected(encoder, dim=128, seed=0) -> Encoder:
-    """Put a linear layer and the L2 normalisation on a timm encoder, to be trained.
-
-    Parameters
-    ----------
-    encoder : Encoder
-        From `frozen`; its network is shared, not copied, and gets its gradients back.
-    dim : int
-        Length of the new vectors.
-    seed : int
-        Of the linear layer.
-    """
+    """Put a linear layer and L2 normalisation on a `frozen` encoder, to be trained."""
+    # the encoder's network is shared, not copied, and gets its gradients back
     recipe = {**_timm_recipe(encoder), "network": "projected", "dim": dim}
     network = build(recipe, seed)
     network.body = encoder.network.requires_grad_(True)
@@ -119,24 +115,82 @@ def projected(encoder, dim=128, seed=0) -> Encoder:
 
 
 def fused(encoder, seed=0, **options) -> Encoder:
-    """Put LGFFEM's fusion neck and heads on the maps of a timm encoder, to be trained.
-
-    Parameters
-    ----------
-    encoder : Encoder
-        From `frozen`; its weights are copied into the backbone.
-    seed : int
-        Of neck and heads.
-    **options
-        ``out_indices``, ``channels``, ``num_layers``, ``grn``, ``p``, ``dropout`` and
-        ``normalise`` of `recipes.fusion`.
-    """
+    """Put LGFFEM's neck and heads on the maps of a `frozen` encoder, to be trained."""
+    # options: those of _fusion; the encoder's weights are copied into the backbone
     recipe = {**_timm_recipe(encoder), "network": "fusion", **options}
     recipe.pop("pooling")
     network = build(recipe, seed, source=encoder.network.network.state_dict())
     card = replace(encoder.card, pooling="4 maps fused, GeM each")
     name, dimension = f"{encoder.name}, fused", network.dimension
     return Encoder(name, network, encoder.preprocessing, dimension, card, recipe)
+
+
+def build(recipe, seed=0, **more) -> torch.nn.Module:
+    """Build a recipe's network, ``{"network": <name in NETWORKS>, **options}``; random.
+
+    >>> build({"network": "projected", "name": "resnet10t", "dim": 8}).dimension
+    8
+    """
+    options = dict(recipe)
+    name = options.pop("network", None)
+    if name not in NETWORKS:
+        near = difflib.get_close_matches(str(name), NETWORKS, 1, 0) or ["none"]
+        raise ValueError(
+            f"recipe of an unknown network {name!r}; nearest: {near[0]}; known are "
+            f"{', '.join(NETWORKS)}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return NETWORKS[name](**options, **more)
+        except (TypeError, RuntimeError) as error:  # timm: RuntimeError, unknown name
+            raise ValueError(
+                f"the recipe {recipe} cannot be built: {error}; expected options of "
+                f"encoders.NETWORKS[{name!r}]"
+            ) from error
+
+
+def _timm(name, pooling="head", **options):
+    return Pooled(timm.create_model(name, **options), pooling)
+
+
+def _projected(name, pooling="head", dim=128, **options):
+    return Projected(_timm(name, pooling, **options), dim)
+
+
+def _fusion(
+    name, out_indices=(0, 1, 2, 3), channels=512, num_layers=3, grn="channel", p=4.6,
+    dropout=0.6, normalise=False, source=None, **options,
+):  # fmt: skip
+    """LGFFEM; ``source``: state dict of the whole timm network, for the backbone."""
+    if source is not None:
+        overlay = {"state_dict": source}
+        options = options | {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    backbone = timm.create_model(
+        name, features_only=True, out_indices=tuple(out_indices), **options
+    )
+    found = backbone.feature_info.channels()
+    if len(found) != 4:
+        raise ValueError(
+            f"{name} gives {len(found)} maps for out_indices={out_indices}; the neck "
+            "fuses 4"
+        )
+    neck = networks.LocalGlobalFusionNeck(found, channels, num_layers, grn)
+    head = networks.MultiScaleGeMHead(channels, p, dropout, normalise)
+    return networks.Fusion(backbone, neck, head, channels)
+
+
+NETWORKS = {
+    "timm": _timm,
+    "projected": _projected,
+    "mixed_attention_se_resnet50": networks.MixedAttentionSEResNet50,
+    "branched_attention_resnet50": lambda **how: Joined(
+        networks.BranchedAttentionResNet50(**how)
+    ),
+    "abe_m": lambda **how: Joined(networks.ABEM(**how)),
+    "fusion": _fusion,
+    "cbr": networks.CBRNet,
+}
 
 
 def _timm_recipe(encoder):
@@ -150,15 +204,12 @@ def _timm_recipe(encoder):
 def _check_name(name):
     stem = name.split(".")[0]
     if not timm.is_model(stem):
-        near = difflib.get_close_matches(stem, timm.list_models(), 3, 0.5)
-        raise ValueError(
-            f"timm has no network {stem!r}; nearest: {', '.join(near) or 'none'}"
-        )
+        near = ", ".join(difflib.get_close_matches(stem, timm.list_models(), 3, 0.5))
+        raise ValueError(f"timm has no network {stem!r}; nearest: {near or 'none'}")
     tags = timm.list_pretrained(f"{stem}.*")
     if "." in name and name not in tags:
-        raise ValueError(
-            f"timm has no weights {name!r}; it has {', '.join(tags) or 'none'}"
-        )
+        known = ", ".join(tags) or "none"
+        raise ValueError(f"timm has no weights {name!r}; it has {known}")
 
 
 def _from_hub(name, options):
@@ -171,24 +222,11 @@ def _from_hub(name, options):
                 "network, the right name and, for gated models, their terms accepted "
                 "on the page and a token in HF_TOKEN; some need options=…"
             ) from error
-        cfg = timm.get_pretrained_cfg(name)
-        hub = cfg.hf_hub_id if cfg is not None and cfg.hf_hub_id else name
-        folder = os.environ.get("HISTO_WEIGHTS")
-        where = f"{folder} has no" if folder else "HISTO_WEIGHTS is not set, so no"
+        hub = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None) or name
+        folder = os.environ.get("HISTO_WEIGHTS") or "HISTO_WEIGHTS, which is not set,"
         raise FileNotFoundError(
-            f"{name}: {where} {name}.safetensors, and the hub gave nothing "
-            f"({type(error).__name__}). Where there is a network, download "
-            f"https://huggingface.co/{hub}/resolve/main/model.safetensors, save it as "
-            f"{name}.safetensors and name its folder in HISTO_WEIGHTS; or pass "
-            "weights=<file>; or seed=0 for random weights"
+            f"{name}: {folder} has no {name}.safetensors, and the hub gave nothing "
+            f"({type(error).__name__}). Download https://huggingface.co/{hub}/resolve/"
+            "main/model.safetensors, save it under this name and name its folder in "
+            "HISTO_WEIGHTS; or pass weights=<file>, or seed=0 for random weights"
         ) from error
-
-
-def _preprocessing(network, ours, size):
-    if ours:
-        return Preprocessing((0.5,) * 3, (0.5,) * 3, size or 224, "bilinear")
-    cfg = network.pretrained_cfg
-    how = cfg.get("interpolation", "bilinear")
-    how = how if how in INTERPOLATIONS else "bilinear"
-    size = size or cfg["input_size"][-1]
-    return Preprocessing(tuple(cfg["mean"]), tuple(cfg["std"]), size, how)
