@@ -67,13 +67,13 @@ def datasets(path=FACTS):
     """Read all data sets, by name; ValueError for misspelt keys and missing facts."""
 
     def checked(kind, **facts):
-        fields = dataclasses.fields(kind)
-        for key in facts.keys() - {field.name for field in fields}:
-            known = [field.name for field in fields]
-            raise ValueError(f"{path}, {facts['name']}: {_unknown('key', key, known)}")
-        for field in fields:
-            if field.type == "str" and not facts.get(field.name):
-                raise ValueError(f"{path}, {facts['name']}: no {field.name}; add it")
+        fields = {field.name: field.type for field in dataclasses.fields(kind)}
+        where = f"{path}, {facts.get('name')}"
+        for key in facts.keys() - fields:
+            raise ValueError(f"{where}: {_unknown('key', key, fields)}")
+        for key, kind_of in fields.items():
+            if kind_of == "str" and not facts.get(key):
+                raise ValueError(f"{where}: no {key}; add it")
         return kind(**facts)
 
     found = {}
@@ -86,10 +86,8 @@ def datasets(path=FACTS):
 def dataset(name):
     """Look up a data set's facts; ValueError with the nearest names for another."""
     if name not in datasets():
-        raise ValueError(
-            f"{_unknown('data set', name, datasets())}; a folder of one's own slides "
-            "is given by its path"
-        )
+        problem = _unknown("data set", name, datasets())
+        raise ValueError(f"{problem}; give a folder of your own slides by its path")
     return datasets()[name]
 
 
@@ -110,12 +108,7 @@ def cache_folder():
 
 
 def trained_folder(method, dataset, what="scan"):
-    """Return where a chapter keeps what it trained and chapter 9 looks for it.
-
-    ``method`` is the paper's name in the book (kieffer, kimianet, ftx, yang, neck),
-    ``what`` is "scan" or "organ" (an encoder that was trained on that task,
-    `encoders.save`) or "scan_vectors" or "organ_vectors" (`embeddings.save_runs`).
-    """
+    """Return where method (yang, ftx …) keeps its "scan", "organ" or "…_vectors"."""
     return cache_folder() / "trained" / f"{method}_{what}_{Path(dataset).name}"
 
 
@@ -125,9 +118,10 @@ def data_hash(folder):
     for index in ("slides.csv", "images.csv"):
         if (folder / index).exists():
             return "sha256:" + file_hash(folder / index)
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
     listing = "\n".join(
-        f"{p.relative_to(folder).as_posix()} {p.stat().st_size}" for p in files
+        f"{path.relative_to(folder).as_posix()} {path.stat().st_size}"
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     )
     return "names and sizes:" + hashlib.sha256(listing.encode()).hexdigest()
 
@@ -148,10 +142,6 @@ def fetch(name, folder=None, progress=True):
     progress : bool
         Show a progress bar.
 
-    Returns
-    -------
-    pathlib.Path
-
     Raises
     ------
     FileNotFoundError
@@ -170,9 +160,9 @@ def fetch(name, folder=None, progress=True):
         target = folder / file.name
         if file.url:
             unzip = pooch.Unzip(extract_dir=".") if target.suffix == ".zip" else None
-            resuming = functools.partial(_download, progress=progress)
+            get = functools.partial(_download, progress=progress)
             pooch.retrieve(file.url, file.checksum, file.name, folder,
-                           downloader=resuming, processor=unzip)  # fmt: skip
+                           downloader=get, processor=unzip)  # fmt: skip
         elif target.exists():
             _compare(target, file.checksum)
     missing = [file.name for file in entry.files if not (folder / file.name).exists()]
@@ -211,10 +201,9 @@ def verify(folder):
         _compare(folder / row.file, f"sha256:{row.sha256}")
 
 
-def _download(url, output_file, pooch_or_none, check_only=False, *, progress=True):
+def _download(url, output_file, _, *, progress):
     """Download for pooch, from where an earlier try broke off."""
-    # pooch names a new temporary file each time; the part keeps the file's own name, so
-    # that the next run finds it.
+    # pooch names a new temporary file each time; the next run has to find this one.
     name = Path(requests.utils.urlparse(url).path).name
     part = Path(output_file).with_name(name + ".part")
     have = part.stat().st_size if part.exists() else 0
@@ -244,8 +233,7 @@ def slide_table(folder, mpp=None):
         Holds slides, and optionally ``slides.csv`` with a column ``file`` (relative to
         the folder) and any of ``slide patient label preparation site mpp``.
     mpp : float, optional
-        µm per level-0 pixel for slides whose file holds none and that the CSV leaves
-        out; files that hold a value keep theirs.
+        µm per level-0 pixel where neither the CSV nor the file says it.
 
     Returns
     -------
@@ -291,10 +279,8 @@ def slide_table(folder, mpp=None):
 def _holds_no_mpp(image):
     try:
         open_slide(image).close()
-    except MissingScaleError:
-        return True
-    except SlideError:
-        return False  # damaged: reported where it is worked on
+    except SlideError as error:  # damaged ones are reported where they are worked on
+        return isinstance(error, MissingScaleError)
     return False
 
 
@@ -304,9 +290,9 @@ def patch_table(name, size=None, mpp=None, folder=None):
     Parameters
     ----------
     name : str or pathlib.Path
-        A name in `datasets` that is images or slides, or a folder: of slides (see
-        `slide_table`), with one folder of images per class, or with such folders in one
-        folder for training and one for testing (`class_folders.read_class_folders`).
+        A name in `datasets`, or a folder: of slides (see `slide_table`), with one
+        folder of images per class, or with such folders in one folder for training and
+        one for testing (`class_folders.read_class_folders`).
     size, mpp : optional
         Patch side in pixels and µm per pixel; 250 px at 0.25 for MoNuSeg, 256 px at
         0.5 for slides, the whole image for image folders.
@@ -323,8 +309,7 @@ def patch_table(name, size=None, mpp=None, folder=None):
     Raises
     ------
     FileNotFoundError
-        If a data set is not there, or not as folders of images; the message says how
-        to get there.
+        If the data set is not there as slides or images; the message says what to do.
     """
     entry = datasets().get(str(name))
     if entry and entry.parts:
@@ -345,32 +330,27 @@ def patch_table(name, size=None, mpp=None, folder=None):
         whole = {"min_tissue": 0, "mask": [[True]]}
         table = _patches_of_slides(slides, size or 250, mpp or 0.25, **whole)
         return check_patches(table.drop(columns="tissue"))
-    if not (place / "slides.csv").exists():
-        table = read_class_folders(place)
-        if table is not None:
-            return _checked(table)
+    table = None if (place / "slides.csv").exists() else read_class_folders(place)
+    if table is not None:
+        return _checked(table)
     table = _patches_of_slides(slide_table(place), size or 256, mpp or 0.5)
     return check_patches(table)
 
 
 def _image_folders(entry, place):
-    """Fetch the parts of a data set that are not there yet, and list its images."""
-
-    def missing():
-        table = read_class_folders(place) if place.is_dir() else None
-        there = set() if table is None else {*table, *table.get("split", [])}
-        return table, [entry.parts[part] for part in entry.parts if part not in there]
-
+    """List a data set's images; parts that are not there are fetched first."""
     # Files are compared with their checksums when got, not each time: 29 GB take long.
-    table, sources = missing()
-    for source in dict.fromkeys(sources):
-        fetch(source, place)
-    table, sources = missing() if sources else (table, [])
-    if sources:
-        raise FileNotFoundError(
-            f"{place}: {entry.title} is not there as folders of images; {entry.layout}"
-        )
-    return _checked(table)
+    for fetched in (False, True):
+        table = read_class_folders(place)
+        there = set() if table is None else {*table, *table.get("split", [])}
+        missing = [source for part, source in entry.parts.items() if part not in there]
+        if not missing:
+            return _checked(table)
+        for source in () if fetched else dict.fromkeys(missing):
+            fetch(source, place)
+    raise FileNotFoundError(
+        f"{place}: {entry.title} is not there as folders of images; {entry.layout}"
+    )
 
 
 def _checked(table):

@@ -34,11 +34,6 @@ def check_patches(table):
         A missing ``patient`` is the same as no other; what needs patients (folds,
         exclusion) refuses such rows.
 
-    Returns
-    -------
-    pandas.DataFrame
-        The same table.
-
     Raises
     ------
     ValueError
@@ -109,12 +104,10 @@ def assign_folds(table, n_folds=5, group="patient", seed=0):
     Parameters
     ----------
     table : pandas.DataFrame
-        With the column ``group``; stratified by each group's most frequent ``label``,
-        where there is such a column.
-    n_folds : int
+        With the column ``group``, and ``label`` if folds are to be stratified.
+    n_folds, seed : int
     group : str
         What is never divided; ``"slide"`` where patients are unknown.
-    seed : int
 
     Returns
     -------
@@ -151,10 +144,9 @@ def leakage_report(table, assignment="split", pixels=True):
     Parameters
     ----------
     table : pandas.DataFrame
-        A patch table with the column named by ``assignment``; it is not refused for a
-        patient in two splits, since finding those is the purpose.
-    assignment : str
-        ``"split"`` or ``"fold"``.
+        A patch table; a patient in two splits is found, not refused.
+    assignment : {"split", "fold"}
+        A column of it.
     pixels : bool
         Read every patch and look for identical images.
 
@@ -164,11 +156,6 @@ def leakage_report(table, assignment="split", pixels=True):
         One row per check: ``check``, ``found``, ``of``, ``detail``. Where preparations
         or sites differ, ``found`` is the number of labels that occur under one of them
         only, and the detail gives Cramér's V over patients.
-
-    Raises
-    ------
-    ValueError
-        If the table has no such column.
     """
     if assignment not in table:
         raise ValueError(
@@ -181,7 +168,7 @@ def leakage_report(table, assignment="split", pixels=True):
         check = f"{unit}s in more than one {assignment}"
         rows.append((check, len(shared), table[unit].nunique(), detail))
     if pixels:
-        images = [read_patch(row).tobytes() for row in table.itertuples(index=False)]
+        images = (read_patch(row).tobytes() for row in table.itertuples(index=False))
         hashed = table.assign(pixels=[hashlib.sha1(x).hexdigest() for x in images])
         shared = _in_several(hashed, "pixels", assignment)
         files = hashed.drop_duplicates("pixels").set_index("pixels")["image"]
@@ -190,8 +177,8 @@ def leakage_report(table, assignment="split", pixels=True):
         rows.append((check, len(shared), len(files), _examples(names)))
     part, pairs = table[assignment].to_numpy(), touching_pairs(table)
     crossing = int((part[pairs[:, 0]] != part[pairs[:, 1]]).sum())
-    detail = "pairs that overlap, or touch at an edge or a corner"
     check = f"touching patches in different {assignment}s"
+    detail = "pairs that overlap, or touch at an edge or a corner"
     rows.append((check, crossing, len(pairs), detail))
     for cause in ("preparation", "site"):
         if {"label", cause} <= set(table):

@@ -1,13 +1,11 @@
 """Kimia Path24's HDF5 file: which patches are cut, from which pixels."""
 
 import builtins
-import json
 
 import h5py
 import miniatures
 import numpy as np
 import pytest
-from PIL import Image
 
 from histo_utils.catalog import patch_table
 from histo_utils.patches import check_patches, read_patch
@@ -50,31 +48,18 @@ def test_the_patches_kept_are_those_worked_out_by_hand(made):
         assert found == kept
 
 
-def test_no_training_patch_covers_a_test_place(made):
-    folder, truth, _ = made
-    side = truth["side"]
-    files = sorted((folder / "train").rglob("*.png"))
-    assert len(files) == 15
-    for file in files:
-        label, y, x = place_of(file)
-        for top, left in truth["places"][label]:
-            assert abs(y - top) >= side or abs(x - left) >= side
-        # nothing of the raw scan was white here, before the ground was whitened
-        raw = truth["scans"][label][y : y + side, x : x + side]
-        assert not (raw == 255).any()
-
-
-def test_pixels_are_the_scans_with_bright_ground_white(made):
+def test_no_training_patch_covers_a_test_place_and_bright_ground_is_white(made):
     folder, truth, _ = made
     table = patch_table("kimia_path24", folder=folder)
-    raw, side = truth["scans"], truth["side"]
-    whitened = 0
+    side, whitened = truth["side"], 0
     for row in table[table["split"] == "train"].to_dict("records"):
         label, y, x = place_of(row["image"])
-        expected = raw[label][y : y + side, x : x + side].copy()
+        for top, left in truth["places"][label]:
+            assert abs(y - top) >= side or abs(x - left) >= side
+        expected = truth["scans"][label][y : y + side, x : x + side].copy()
+        assert not (expected == 255).any()  # nothing was white in the raw scan
         expected[expected >= path24.BRIGHT] = 255
         pixels = read_patch(row)
-        assert pixels.shape == (side, side, 3)
         assert np.array_equal(pixels, np.repeat(expected[..., None], 3, -1))
         whitened += int((expected == 255).any())
     assert whitened == 3  # the cell with 1.2 % tissue, in each scan
@@ -128,23 +113,6 @@ def test_cells_touched_by_a_white_square_at_any_place(top, left):
     assert [cells.tolist() for _, _, cells in found] == expected
 
 
-def test_strips_are_read_one_at_a_time():
-    class Watched:
-        shape = (40, 12)
-
-        def __init__(self):
-            self.rows = []
-
-        def __getitem__(self, key):
-            part = np.zeros(self.shape, np.uint8)[key]
-            self.rows.append(len(part))
-            return part
-
-    scan = Watched()
-    assert len(list(path24._strips(scan, 4))) == 10
-    assert scan.rows == [4] * 10
-
-
 def test_an_interrupted_run_goes_on(tmp_path, made, monkeypatch):
     whole, truth, counts = made
     real, written = path24.save_png, []
@@ -170,26 +138,12 @@ def test_an_interrupted_run_goes_on(tmp_path, made, monkeypatch):
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_finished_scans_are_not_read_again(made, monkeypatch):
-    folder, truth, counts = made
-
-    def read(*given):
-        raise AssertionError("a finished scan was read")
-
-    monkeypatch.setattr(path24, "_strips", read)
-    assert convert_path24(truth["file"], folder, progress=False).equals(counts)
-
-
-def test_other_settings_are_refused_in_the_same_folder(made):
+def test_other_settings_and_other_data_are_refused(made, tmp_path):
     folder, truth, _ = made
     with pytest.raises(ValueError, match=r"bright.: 230.*bright.: 200"):
         convert_path24(truth["file"], folder, bright=200, progress=False)
     with pytest.raises(ValueError, match="bright=0"):
         convert_path24(truth["file"], folder, bright=0)
-
-
-def test_other_data_is_not_mixed_in(tmp_path, made):
-    _, truth, _ = made
     (tmp_path / "train").mkdir()
     with pytest.raises(ValueError, match=r"without path24\.json"):
         convert_path24(truth["file"], tmp_path, progress=False)
@@ -241,10 +195,3 @@ def test_a_folder_not_yet_cut_says_how(tmp_path, made, monkeypatch):
     (tmp_path / "Kimia_Path24.h5").write_bytes(truth["file"].read_bytes())
     with pytest.raises(FileNotFoundError, match="convert_path24"):
         patch_table("kimia_path24", folder=tmp_path)
-
-
-def test_the_note_holds_how_it_was_made(made):
-    folder, truth, _ = made
-    note = json.loads((folder / "path24.json").read_text())
-    assert note == {"file_bytes": truth["file"].stat().st_size, "bright": 230}
-    assert Image.open(next((folder / "train").rglob("*.png"))).mode == "L"

@@ -3,9 +3,8 @@
 Babaie et al., CVPR Workshops 2017, published scans with the places of the test patches
 painted white, and left the cutting of training patches to the reader. Kieffer et al.,
 IPTA 2017, cut a grid without overlap, set the bright ground to white and dropped what
-was homogeneous at the 99 % level. They give neither the grey level of "bright" nor the
-measure of homogeneity, so `BRIGHT` and what `convert_path24` calls homogeneous are
-ours. Published counts are 27,055 (Kieffer) and more: compare yours.
+was homogeneous at the 99 % level; the grey level of "bright" and the measure of
+homogeneity are ours. Published counts are 27,055 (Kieffer) and more: compare yours.
 """
 
 from __future__ import annotations
@@ -146,12 +145,8 @@ def _claim(folder, made):
             f"{folder} holds train or test without {NOTE}: other data; give another "
             "folder"
         )
-    _write_json(made, note)
-
-
-def _write_json(values, path):
-    with provenance.new_file(path) as part:
-        part.write_text(json.dumps(values), "utf-8")
+    with provenance.new_file(note) as part:
+        part.write_text(json.dumps(made), "utf-8")
 
 
 def _cut_scan(scan, folder, label, side, bright):
@@ -171,7 +166,8 @@ def _cut_scan(scan, folder, label, side, bright):
             if fate == "train":
                 name = f"{label}_y{top:06d}_x{left:06d}.png"
                 save_png(patch, folder / "train" / label / name)
-    _write_json(counts, done)
+    with provenance.new_file(done) as part:
+        part.write_text(json.dumps(counts), "utf-8")
     return counts
 
 
