@@ -31,7 +31,7 @@ SLIDE_SUFFIXES = {
     ".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".dcm",
 }  # fmt: skip
 FACTS = Path(__file__).with_name("datasets.yaml")
-CHUNK = 1 << 16  # bytes; at most so many are lost when a download breaks off
+CHUNK = 1 << 16  # bytes; at most this much is lost when a download is interrupted
 TIMEOUT = 60  # seconds without an answer
 
 
@@ -145,7 +145,7 @@ def fetch(name, folder=None, progress=True):
     Raises
     ------
     FileNotFoundError
-        If the data must be got by hand; the message says from where.
+        If the data cannot be downloaded; the message says how to get it.
     ValueError
         If a checksum differs: the download is removed, both values are shown. If there
         is no such data set: the message holds the nearest names.
@@ -178,7 +178,7 @@ def fetch(name, folder=None, progress=True):
 
 
 def locate(name, folder=None):
-    """Return a named data set's folder (see `fetch`), or the path of one's own."""
+    """Return a named data set's folder (see `fetch`), or the path of your own."""
     if str(name) in datasets() or not Path(name).is_dir():
         return fetch(str(name), folder)
     return Path(name)

@@ -2,7 +2,7 @@
 
 Columns: ``image`` (an image file or a slide), ``x``, ``y`` (level-0 pixels), ``size``
 (px at ``mpp``), ``mpp`` (µm per pixel; missing for image files of unknown scale),
-``slide``, ``patient`` (missing where the source does not tell it); where known
+``slide``, ``patient`` (missing where the source does not say); where known
 ``label``, ``preparation``, ``site``, ``split`` or ``fold``, and ``slide_mpp`` where the
 file itself does not hold its µm per pixel.
 """

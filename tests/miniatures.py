@@ -33,7 +33,7 @@ def grey_texture(shape, kind, rng):
 
 
 def colour_texture(side, kind, rng):
-    """RGB noise in pinks and purples, one hue a kind; uint8 (side, side, 3)."""
+    """RGB noise in pinks and purples, one hue per kind; uint8 (side, side, 3)."""
     tint = np.array([200, 120 + 15 * (kind % 4), 150 + 20 * (kind % 3)])
     dark = grey_texture((side, side), kind, rng)[..., None] / 200
     return np.rint(tint * dark + 20).astype(np.uint8)

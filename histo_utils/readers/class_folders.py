@@ -19,7 +19,7 @@ MPP = 0.5  # µm per pixel of Kimia Path24 and of both NCT-CRC sets (20×)
 PANNUKE_MPP = 0.25  # 40×
 # A column of the patch table, and its value for each folder of class folders.
 PARTS = (
-    ("split", {"train": "train", "test": "test"}),  # Path24 and Path24C, as we ask for
+    ("split", {"train": "train", "test": "test"}),  # Path24, Path24C: see datasets.yaml
     ("split", {"Training": "train", "RGBPatches-test": "test"}),  # KIMIAPath24_RGB
     ("split", {"NCT-CRC-HE-100K": "train", "CRC-VAL-HE-7K": "test"}),
     ("split", {"NCT-CRC-HE-100K-NONORM": "train", "CRC-VAL-HE-7K": "test"}),
