@@ -1,9 +1,8 @@
 """Baselines without a network: image statistics as embeddings.
 
-Every table of the book shows them, since a trained system has to beat these and not
-random weights. They come **unscaled** and are compared by Euclidean distance: the roots
-of a histogram as they are, the others after `embeddings.standardise`, which uses the
-**gallery's** mean and deviation (``standardised=True`` in the protocols).
+Every table of the book shows them: a trained system has to beat these, not random
+weights. They come unscaled and are compared by Euclidean distance: the roots of a
+histogram as they are, the others after `embeddings.standardise`.
 """
 
 from __future__ import annotations
@@ -12,17 +11,12 @@ import numpy as np
 import pandas as pd
 
 from histo_utils.embeddings import Embeddings
-from histo_utils.mosaic import cellularity
 from histo_utils.patches import read_patch
+from histo_utils.stains import cellularity
 
 
 def mean_rgb(table: pd.DataFrame) -> Embeddings:
     """Mean red, green and blue of each patch, 0–1; vectors (n, 3).
-
-    Parameters
-    ----------
-    table : DataFrame
-        A patch table.
 
     Raises
     ------
@@ -40,7 +34,7 @@ def rgb_histogram(table: pd.DataFrame, bins: int = 4, root: bool = False) -> Emb
     table : DataFrame
         A patch table.
     bins : int
-        Equal bins a channel over 0–255, 1 to 256; bin (r, g, b) is at
+        Equal bins per channel over 0–255, 1 to 256; bin (r, g, b) is at
         ``(r·bins + g)·bins + b``.
     root : bool
         Return square roots, whose squares sum to 1: Euclidean distance is then
@@ -51,59 +45,50 @@ def rgb_histogram(table: pd.DataFrame, bins: int = 4, root: bool = False) -> Emb
     ValueError
         Bins outside 1–256; and as `mean_rgb`.
     """
-    if not 1 <= bins <= 256:
-        raise ValueError(f"bins={bins}; expected 1 to 256 bins a channel")
 
-    def histogram(image, mpp):
-        r, g, b = np.moveaxis(image.astype(np.int64) * bins // 256, -1, 0)
-        places = ((r * bins + g) * bins + b).ravel()
-        shares = np.bincount(places, minlength=bins**3) / places.size
-        return np.sqrt(shares) if root else shares
+    def places(image):
+        return (image.astype(int) * bins // 256) @ np.array([bins**2, bins, 1])
 
-    return _embed(table, histogram)
+    return _histograms(table, bins, bins**3, root, places)
 
 
 def grey_histogram(table: pd.DataFrame, bins: int = 64) -> Embeddings:
     """Square roots of each patch's histogram of grey levels; vectors (n, bins).
 
     What is left of `rgb_histogram` (``root=True``) without colour; grey is
-    0.299 R + 0.587 G + 0.114 B.
-
-    Raises
-    ------
-    ValueError
-        Bins outside 1–256; and as `mean_rgb`.
+    0.299 R + 0.587 G + 0.114 B. ``bins`` and errors as there.
     """
-    if not 1 <= bins <= 256:
-        raise ValueError(f"bins={bins}; expected 1 to 256 grey levels")
 
-    def histogram(image, mpp):
-        grey = image @ np.array([0.299, 0.587, 0.114])
-        counts = np.bincount((grey.ravel() * bins / 256).astype(np.int64), None, bins)
-        return np.sqrt(counts / grey.size)
+    def levels(image):
+        return (image @ np.array([0.299, 0.587, 0.114]) * bins / 256).astype(int)
 
-    return _embed(table, histogram)
+    return _histograms(table, bins, bins, True, levels)
 
 
 def nuclear_area(table: pd.DataFrame) -> Embeddings:
-    """Share of each patch that is nuclei (haematoxylin), 0–1; vectors (n, 1).
+    """Share of each patch that is nuclei (`stains.cellularity`), 0–1; vectors (n, 1).
 
-    Parameters
-    ----------
-    table : DataFrame
-        A patch table; ``mpp`` in µm per pixel goes to `mosaic.cellularity`.
-
-    Raises
-    ------
-    ValueError
-        As `mean_rgb` and `mosaic.cellularity` do.
+    ``mpp`` (µm per pixel) is that of the table; errors as `mean_rgb` and `cellularity`.
     """
-    return _embed(table, lambda image, mpp: [cellularity(image, mpp=mpp)])
+    return _embed(table, lambda image, mpp: [cellularity(image, mpp)])
+
+
+def _histograms(table, bins, n, root, bin_of):
+    """Shares of pixels in each of ``n`` bins, or their square roots."""
+    if not 1 <= bins <= 256:
+        raise ValueError(f"bins={bins}; expected 1 to 256 bins per channel")
+
+    def shares(image, mpp):
+        found = np.bincount(bin_of(image).ravel(), minlength=n) / image[..., 0].size
+        return np.sqrt(found) if root else found
+
+    return _embed(table, shares)
 
 
 def _embed(table, statistic):
+    """Embeddings of one statistic of (image, mpp) per patch."""
     if len(table) == 0:
-        raise ValueError("the patch table is empty; expected one row a patch")
+        raise ValueError("the patch table is empty; expected one row per patch")
     rows = table.to_dict("records")
     values = [statistic(read_patch(row), row.get("mpp")) for row in rows]
     return Embeddings(np.asarray(values, np.float32), table)

@@ -16,11 +16,12 @@ from sklearn.cluster import KMeans
 
 from histo_utils import provenance
 from histo_utils.jobs import run_batch
-from histo_utils.slides import open_slide, patch_grid, tissue_mask, without_ink
+from histo_utils.slides import open_slide, patch_grid, without_ink
 from histo_utils.stains import cellularity, nuclei_threshold
 
 COLOUR_MPP = 2.0  # µm per pixel at which Yottixel takes a patch's mean colour (5×)
 FIT_PATCHES = 16  # of a mosaic; stain vectors and threshold are fitted on these
+MADE_BY = ("slides.py", "stains.py", "mosaic.py")  # results of older code are not kept
 REPORT_COLUMNS = (
     "slide", "status", "resumed", "mpp", "mpp_source", "patches", "mosaic",
     "high_cellularity", "megapixels", "seconds", "peak_mb", "message",
@@ -28,46 +29,22 @@ REPORT_COLUMNS = (
 
 
 def yottixel_tissue(image):
-    """Tissue mask of the released Yottixel code, to compare `tissue_mask` with.
-
-    Grey pixels (standard deviation over R, G, B below 5) and pixels whose smoothed
-    hue-saturation-density coordinate c_y is below 0.05 are ground.
-
-    Parameters
-    ----------
-    image : numpy.ndarray
-        uint8 (h, w, 3); Yottixel uses a thumbnail of at most 500 px a side.
-
-    Returns
-    -------
-    numpy.ndarray
-        bool (h, w).
-    """
+    """Tissue mask (h, w) of Yottixel's released code; of a thumbnail within 500 px."""
     pixels = image.astype(np.float32)
     pixels[pixels.std(-1) < 5] = 255
     density = -np.log(np.maximum(pixels / 255, np.finfo(np.float32).eps))
     mean = np.maximum(density.mean(-1), np.finfo(np.float32).eps)
+    # c_y of the hue-saturation-density model
     c_y = (density[..., 1] - density[..., 2]) / (np.sqrt(3) * mean)
     smooth = ndimage.uniform_filter(c_y, 30, mode="mirror")
     return (smooth >= 0.05) & (pixels.mean(-1) != 255)
 
 
-def mean_colours(slide, patches, mpp=COLOUR_MPP):
-    """Add each patch's mean red, green and blue, 0–1, as columns ``r g b``.
-
-    Yottixel's code and documents call these three numbers an RGB histogram.
-
-    Parameters
-    ----------
-    slide : histo_utils.slides.Slide
-    patches : pandas.DataFrame
-        Patches of this slide: ``x``, ``y``, ``size``, ``mpp``.
-    mpp : float
-        µm per pixel at which they are read, or their own where that is coarser.
-    """
+def mean_colours(slide, patches):
+    """Add mean red, green and blue, 0–1, as columns ``r g b``; read at 2 µm/px."""
     colours = np.empty((len(patches), 3))
     for i, row in enumerate(patches.itertuples(index=False)):
-        coarse = max(mpp, row.mpp)
+        coarse = max(COLOUR_MPP, row.mpp)
         side = max(1, round(row.size * row.mpp / coarse))
         colours[i] = slide.read(row.x, row.y, side, coarse).mean((0, 1)) / 255
     return patches.assign(**dict(zip("rgb", colours.T, strict=True)))
@@ -78,7 +55,8 @@ def yottixel_mosaic(patches, n_clusters=9, fraction=0.05, seed=0):
 
     k-means on the mean colours gives at most ``n_clusters`` clusters; from a cluster
     of n patches max(1, ⌊n · fraction⌋) are taken: as many k-means clusters of the
-    places, and nearest to each centre, in order, the patch not yet taken.
+    places, and nearest to each centre, in order, the patch not yet taken. As in the
+    code that Kalra et al. (Medical Image Analysis 65, 2020, 101757) released.
 
     Parameters
     ----------
@@ -97,11 +75,10 @@ def yottixel_mosaic(patches, n_clusters=9, fraction=0.05, seed=0):
         The chosen rows with their index, cluster by cluster, and the column
         ``colour_cluster``. Equal distances are decided by row order.
 
-    References
-    ----------
-    Kalra et al., Yottixel – an image search engine for large archives of
-    histopathology whole slide images, Medical Image Analysis 65 (2020) 101757;
-    steps as in the code its authors released.
+    Raises
+    ------
+    ValueError
+        Missing columns, NaN colours, parameters out of range.
     """
     missing = [name for name in "xyrgb" if name not in patches.columns]
     if missing:
@@ -117,40 +94,38 @@ def yottixel_mosaic(patches, n_clusters=9, fraction=0.05, seed=0):
     if patches.empty:
         return patches.assign(colour_cluster=pd.Series(dtype=int))
     colours = patches[["r", "g", "b"]].to_numpy(float)
+    places = patches[["y", "x"]].to_numpy(float)
     if np.isnan(colours).any():
         row = patches.index[np.isnan(colours).any(1)][0]
         raise ValueError(f"row {row} has no mean colour (NaN); drop or recompute it")
-    places = patches[["y", "x"]].to_numpy(float)
     cluster = _kmeans(colours, min(n_clusters, len(patches)), seed).labels_
     chosen = []
     for colour in range(cluster.max() + 1):
         members = np.flatnonzero(cluster == colour)
         # Rounded before the floor: 100 · 0.29 is 28.999… in floating point.
         wanted = max(1, int(round(len(members) * fraction, 9)))
-        chosen.extend(members[_spread(places[members], wanted, seed)])
+        spread = _kmeans(places[members], wanted, seed)
+        distances, taken = spread.transform(places[members]).round(6), []
+        for centre in range(wanted):
+            # A stable sort: patches equally near are taken in row order.
+            order = np.argsort(distances[:, centre], kind="stable")
+            taken.append(next(i for i in order if i not in taken))
+        chosen.extend(members[taken])
     return patches.iloc[chosen].assign(colour_cluster=cluster[chosen])
 
 
-def _spread(places, wanted, seed):
-    """Positions of ``wanted`` places, one near each k-means centre."""
-    distances = _kmeans(places, wanted, seed).transform(places)
-    taken = []
-    for centre in range(wanted):
-        # A stable sort: patches equally near are taken in row order on every machine.
-        order = np.argsort(distances[:, centre].round(6), kind="stable")
-        taken.append(next(i for i in order if i not in taken))
-    return taken
-
-
 def _kmeans(points, n_clusters, seed):
+    """k-means that does not mind fewer distinct points than clusters (flat colours)."""
     with warnings.catch_warnings():
-        # Fewer distinct points than clusters is usual here (flat colours, one patch).
         warnings.filterwarnings("ignore", message="Number of distinct clusters")
         return KMeans(n_clusters, random_state=seed, n_init="auto").fit(points)
 
 
-def high_cellularity_mosaic(slide, mosaic, keep=0.2, most_patches=FIT_PATCHES):
+def high_cellularity_mosaic(slide, mosaic, keep=0.2):
     """Score a mosaic's patches by nuclear area and keep the richest.
+
+    Stain vectors and threshold are fitted once per slide, to 16 of its patches: fitted
+    patch by patch, a patch without nuclei would find some.
 
     Parameters
     ----------
@@ -160,9 +135,6 @@ def high_cellularity_mosaic(slide, mosaic, keep=0.2, most_patches=FIT_PATCHES):
     keep : float
         Share to keep, at least one patch. KimiaNet's published coordinates hold about
         one fifth of the mosaic for training slides; its code was not released.
-    most_patches : int
-        Stain vectors and threshold are fitted once for the slide, on at most so many
-        patches: fitted patch by patch, a patch without nuclei would find some.
 
     Returns
     -------
@@ -173,30 +145,26 @@ def high_cellularity_mosaic(slide, mosaic, keep=0.2, most_patches=FIT_PATCHES):
     if not 0 < keep <= 1:
         raise ValueError(f"keep={keep} was given; expected 0 < keep ≤ 1")
     if mosaic.empty:
-        empty = {"cellularity": pd.Series(dtype=float)}
-        return mosaic.assign(**empty, high_cellularity=pd.Series(dtype=bool))
+        return mosaic.assign(cellularity=0.0, high_cellularity=False)
+
+    def tissue_pixels(row):
+        # A pen mark absorbs red as nuclei do: it would spoil the fit and count.
+        return without_ink(slide.read(row.x, row.y, row.size, row.mpp), row.mpp)
+
     rows = list(mosaic.itertuples(index=False))
-    places = np.linspace(0, len(rows) - 1, min(most_patches, len(rows))).astype(int)
-    sample = [_tissue_pixels(slide, rows[i]) for i in places]
-    fit = nuclei_threshold(sample, mpp=rows[0].mpp)
+    places = np.linspace(0, len(rows) - 1, min(FIT_PATCHES, len(rows))).astype(int)
+    fit = nuclei_threshold([tissue_pixels(rows[i]) for i in places], rows[0].mpp)
     if np.isinf(fit.threshold):
         warnings.warn(
             f"{slide.path.name}: nothing in the mosaic stands out as nuclei (too pale, "
             "or none there); cellularity is 0 everywhere, the first patches are kept",
             stacklevel=2,
         )
-    scores = np.array(
-        [cellularity(_tissue_pixels(slide, row), mpp=row.mpp, fit=fit) for row in rows]
-    )
+    scores = np.array([cellularity(tissue_pixels(row), row.mpp, fit) for row in rows])
     kept = np.zeros(len(rows), bool)
     n_kept = max(1, int(round(len(rows) * keep, 9)))
     kept[np.argsort(-scores, kind="stable")[:n_kept]] = True
     return mosaic.assign(cellularity=scores, high_cellularity=kept)
-
-
-def _tissue_pixels(slide, row):
-    # A pen mark absorbs red as nuclei do: it would spoil the fit and count as nuclei.
-    return without_ink(slide.read(row.x, row.y, row.size, row.mpp), row.mpp)
 
 
 def slide_mosaic(
@@ -214,12 +182,11 @@ def slide_mosaic(
         Every tissue patch: ``x y size mpp tissue r g b``, ``in_mosaic`` (bool) and,
         inside the mosaic, ``colour_cluster``, ``cellularity``, ``high_cellularity``.
     """
-    grid = patch_grid(slide, size, mpp, overlap, tissue_mask(slide), min_tissue)
+    grid = patch_grid(slide, size, mpp, overlap, min_tissue=min_tissue)
     patches = mean_colours(slide, grid)
     mosaic = yottixel_mosaic(patches, n_clusters, fraction, seed)
     mosaic = high_cellularity_mosaic(slide, mosaic, keep)
-    new = ["colour_cluster", "cellularity", "high_cellularity"]
-    patches = patches.join(mosaic[new])
+    patches = patches.join(mosaic.drop(columns=patches.columns))
     patches["in_mosaic"] = patches.index.isin(mosaic.index)
     patches["high_cellularity"] = patches["high_cellularity"].eq(True)
     return patches
@@ -236,77 +203,55 @@ def extract_mosaics(slides, out, executor=None, progress=True, **parameters):
     Parameters
     ----------
     slides : pandas.DataFrame
-        One row a slide: ``image`` (path), and optionally ``slide`` (name; else the
+        One row per slide: ``image`` (path), and optionally ``slide`` (name; else the
         file's stem), ``slide_mpp`` (µm per pixel where the file lacks it), and any
         columns to carry along (patient, label, …).
-    out : str or pathlib.Path
-        Folder for the results; made if missing.
-    executor : concurrent.futures.Executor, optional
-        Where the slides are worked on: a pool of one process a core if not given, or
-        ``dask.distributed.Client(...).get_executor()`` for a cluster.
-    progress : bool
-        Show a progress bar.
-    **parameters
-        Passed to `slide_mosaic`.
+    out, executor, progress
+        As `jobs.run_batch`; ``parameters`` go to `slide_mosaic`.
 
     Returns
     -------
     pandas.DataFrame
-        The report, one row a slide in the order given: ``slide``, ``status``
-        (``"done"``, ``"no tissue"`` or ``"failed"``), ``resumed``, ``mpp``,
-        ``mpp_source``, ``patches``, ``mosaic``, ``high_cellularity``, ``megapixels``
-        (of the tissue patches, at their own µm per pixel), ``seconds``, ``peak_mb``
-        (highest memory of the process so far), ``message``.
+        The report, one row per slide in the order given: `jobs.run_batch`'s columns
+        (``status`` may also be ``"no tissue"``), ``slide``, ``mpp``, ``mpp_source``,
+        ``patches``, ``mosaic``, ``high_cellularity``, and ``megapixels`` (of the tissue
+        patches, at their own µm per pixel).
     """
-    lines = run_batch(_mosaic_job, _jobs(slides, parameters), out, executor, progress)
-    report = pd.DataFrame(lines).rename(columns={"name": "slide"})
-    return report.reindex(columns=list(REPORT_COLUMNS))
-
-
-def _jobs(slides, parameters):
     if slides.empty:
         raise ValueError("the slide table is empty; is the folder right?")
     if "image" not in slides:
         raise ValueError(f"the slide table has no column image; it has {list(slides)}")
-    jobs, code = [], _code()
+    code = b"".join((Path(__file__).parent / name).read_bytes() for name in MADE_BY)
+    shared = {"parameters": parameters, "code": hashlib.sha256(code).hexdigest()[:16]}
+    jobs = []
     for row in slides.to_dict("records"):
         image, mpp = str(row.pop("image")), row.pop("slide_mpp", None)
         name = str(row.pop("slide", None) or Path(image).stem)
         mpp = None if mpp is None or pd.isna(mpp) else float(mpp)
-        job = {"name": name, "image": image, "mpp": mpp, "carry": row}
-        jobs.append({**job, "parameters": parameters, "code": code})
+        jobs.append({"name": name, "image": image, "mpp": mpp, "carry": row, **shared})
     names = pd.Series([job["name"] for job in jobs])
     if names.duplicated().any():
         raise ValueError(
             f"two slides are called {names[names.duplicated()].iloc[0]!r}; give them "
             "different names in the column slide"
         )
-    return jobs
+    lines = run_batch(_write_mosaic, jobs, out, executor, progress)
+    report = pd.DataFrame(lines).rename(columns={"name": "slide"})
+    return report.reindex(columns=list(REPORT_COLUMNS))
 
 
-def _code():
-    """Hash of the code that makes a mosaic: results of older code are not kept."""
-    folder = Path(__file__).parent
-    names = ("slides.py", "cellularity.py", "mosaic.py")
-    text = b"".join((folder / name).read_bytes() for name in names)
-    return hashlib.sha256(text).hexdigest()[:16]
-
-
-def _mosaic_job(job, out):
+def _write_mosaic(job, out):
+    """Write one slide's table; return its line of the report."""
     with open_slide(job["image"], job["mpp"]) as slide:
         patches = slide_mosaic(slide, **job["parameters"])
     columns = {"image": job["image"], "slide": job["name"], "slide_mpp": slide.mpp}
     with provenance.new_file(out / f"{job['name']}.parquet") as part:
         patches.assign(**columns, **job["carry"]).to_parquet(part, index=False)
-    line = {
-        "mpp": slide.mpp,
-        "mpp_source": slide.mpp_source,
-        "patches": len(patches),
-        "mosaic": int(patches["in_mosaic"].sum()),
-        "high_cellularity": int(patches["high_cellularity"].sum()),
-        "megapixels": round(float((patches["size"] ** 2).sum()) / 1e6, 2),
-    }
+    line = {"mpp": slide.mpp, "mpp_source": slide.mpp_source, "patches": len(patches)}
+    line["mosaic"] = int(patches["in_mosaic"].sum())
+    line["high_cellularity"] = int(patches["high_cellularity"].sum())
+    line["megapixels"] = round(float((patches["size"] ** 2).sum()) / 1e6, 2)
     if patches.empty:
-        message = "no tissue patches found; the mosaic is empty"
-        line |= {"status": "no tissue", "message": message}
+        line["status"] = "no tissue"
+        line["message"] = "no tissue patches found; the mosaic is empty"
     return line

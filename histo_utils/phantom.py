@@ -1,19 +1,19 @@
 """Synthetic H&E-like slides with known nuclei and tissue: the data of ``demo``.
 
-Nothing here is tissue and nothing measured on it is evidence about tissue. The
-archive exists so that every chapter runs on a fresh machine, against a known truth
-and a known confounder: each site stains in its own way, and every class is at both.
+Nothing here is tissue and nothing measured on it is evidence about tissue. Every
+chapter runs on it on a fresh machine, against a known truth and a known confounder:
+each site stains in its own way, and every class is at both.
 
-Lengths are in µm unless a name says otherwise. Architecture is drawn on a coarse grid
-(one node every ``PITCH`` µm), nuclei are analytic ellipses, and both meet at level-0
-pixels in Beer-Lambert optics: light = white · exp(-(h · H + e · E)).
+Lengths are in µm unless a name says otherwise. Architecture lies on a coarse grid (one
+node per ``PITCH`` µm), nuclei are analytic ellipses, and both meet at level-0 pixels in
+Beer-Lambert optics: light = white · exp(-(h · H + e · E)).
 """
 
 import json
 import os
 import platform
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,24 +21,19 @@ import psutil
 import tifffile
 from PIL import Image
 from scipy import ndimage
+from skimage.measure import block_reduce
+from skimage.morphology import remove_small_holes
 
 from histo_utils.textures import DRAW, PITCH, enlarge, look_up, noise
 
 GENERATOR = "histo_utils.phantom 2"  # raise the number when anything changes
 CLASSES = tuple(DRAW)
 MASK_MPP = 4.0  # µm/px of the tissue masks
-TILE = 256
 MARGIN = 96  # px around the nuclear map, so that no nucleus needs clipping
 
 
-class Stain(NamedTuple):
-    """How a site stains: optical density per unit of dye (R, G, B), and its light."""
-
-    hematoxylin: tuple[float, float, float]
-    eosin: tuple[float, float, float]
-    white: tuple[float, float, float]
-
-
+# A site's stain: optical density per unit of dye (R, G, B), and its light.
+Stain = namedtuple("Stain", "haematoxylin eosin white")
 SITES = {
     "A": Stain((0.74, 0.78, 0.30), (0.05, 0.60, 0.20), (243, 242, 245)),
     "B": Stain((0.66, 0.92, 0.54), (0.06, 0.80, 0.62), (246, 242, 231)),
@@ -51,47 +46,29 @@ PALE_AT = {3}
 FORTY_AT = {7, 8, 13, 18}
 
 
-class Scan(NamedTuple):
-    """What is planned for one scan; a row of the slide table without its files."""
-
-    slide: str
-    patient: str
-    label: str
-    site: str
-    preparation: str
-    mpp: float
-    objective: int
-    pen: str
-    folded: bool
-    pale: bool
+# Plan of one scan; a row of the slide table without its files.
+Scan = namedtuple(
+    "Scan", "slide patient label site preparation mpp objective pen folded pale"
+)
 
 
-def plan_scan(index: int) -> Scan:
-    """Plan scan `index`: class, site and patient cycle so that all are crossed.
-
-    Of 24 scans, 4 classes x 2 sites x 2 patients make 16 patients; the first patient
-    of each class and site has 2 scans. From scan 24 on new patients follow.
-    """
+def plan_scan(index):
+    """Plan scan `index`; 24 scans are 16 patients of 4 classes at 2 sites, crossed."""
+    # The first patient of each class and site has 2 scans; scan 24 starts new patients.
     turn, place = divmod(index, 24)
     cell, repeat = place % 8, place // 8
     patient = turn * 16 + cell * 2 + repeat % 2
     mpp = 0.25 if place in FORTY_AT else 0.5
     return Scan(
-        slide=f"phantom_{index:03d}",
-        patient=f"P{patient:03d}",
-        label=CLASSES[cell % 4],
-        site="AB"[cell // 4],
-        preparation="FFPE",
-        mpp=mpp,
-        objective=round(10 / mpp),
-        pen=PEN_AT.get(place, "none"),
-        folded=place in FOLD_AT,
-        pale=place in PALE_AT,
-    )
+        slide=f"phantom_{index:03d}", patient=f"P{patient:03d}",
+        label=CLASSES[cell % 4], site="AB"[cell // 4], preparation="FFPE",
+        mpp=mpp, objective=round(10 / mpp), pen=PEN_AT.get(place, "none"),
+        folded=place in FOLD_AT, pale=place in PALE_AT,
+    )  # fmt: skip
 
 
-def _band(x, y, centre, turn, half, reach, curve=0.0, blur=2.0):
-    """Draw a curved stroke of half width `half` and half length `reach`; 0-1."""
+def _band(x, y, centre, turn, half, reach, curve, blur):
+    """Curved stroke (0-1), `half` and `reach` its half width and length; its axes."""
     along = (x - centre[0]) * np.cos(turn) + (y - centre[1]) * np.sin(turn)
     across = -(x - centre[0]) * np.sin(turn) + (y - centre[1]) * np.cos(turn)
     inside = np.minimum(half - np.abs(across + curve * along**2), reach - np.abs(along))
@@ -99,16 +76,14 @@ def _band(x, y, centre, turn, half, reach, curve=0.0, blur=2.0):
 
 
 def _draw(scan, index, seed):
-    """Draw a whole scan on the coarse grid, in the order tissue, stain, fold, pen."""
+    """Make a whole scan on the coarse grid, in the order tissue, stain, fold, pen."""
     rng = np.random.default_rng([seed, 0, index])
     # Scans of one patient share nuclear size, spacing and staining habit.
     own = np.random.default_rng([seed, 1, int(scan.patient[1:])])
     less = 0.78 if scan.mpp < 0.5 else 1.0  # 40x scans have four times the pixels
-    unit = 8  # nodes, 16 µm: level-0 sizes divide by 16, tissue masks are whole
-    shape = [
-        round(size * less * rng.uniform(0.92, 1.08) / PITCH / unit) * unit + 1
-        for size in (1000, 1300)
-    ]
+    # Units of 8 nodes, 16 µm: level-0 sizes divide by 16, tissue masks are whole.
+    sizes = [size * less * rng.uniform(0.92, 1.08) for size in (1000, 1300)]
+    shape = [round(size / PITCH / 8) * 8 + 1 for size in sizes]
     y, x = (np.mgrid[0 : shape[0], 0 : shape[1]] * PITCH).astype(np.float32)
     mx, my = x.max() / 2, y.max() / 2
     # One side is rich in nuclei and the other poor, with a wandering border.
@@ -118,16 +93,15 @@ def _draw(scan, index, seed):
     texture = DRAW[scan.label](rng, own, x, y, rich)
     tilt = rng.uniform(-0.2, 0.2)
     u, v = (x - mx) + tilt * (y - my), (y - my) - tilt * (x - mx)
-    round_ = (np.abs(u / mx) ** 3 + np.abs(v / my) ** 3) ** (1 / 3)
+    far = (np.abs(u / mx) ** 3 + np.abs(v / my) ** 3) ** (1 / 3)
     ragged = 30 * noise(rng, shape, 40) + 7 * noise(rng, shape, 9)
-    outline = (0.86 - round_) * min(mx, my) + ragged
-    solid = np.minimum(texture.solid, outline)
+    solid = np.minimum(texture.solid, (0.86 - far) * min(mx, my) + ragged)
     # Dyes vary over the slide and from field to field, and each on its own.
-    weak = 0.42 if scan.pale else 1.0
-    habit = np.exp(own.normal(0, 0.05, 2) + rng.normal(0, 0.04, 2)) * weak
+    habit = np.exp(own.normal(0, 0.05, 2) + rng.normal(0, 0.04, 2))
+    habit *= 0.42 if scan.pale else 1.0
     dyes = [
-        habit[k] * (1 + 0.06 * noise(rng, shape, 60) + 0.04 * noise(rng, shape, 8))
-        for k in range(2)
+        share * (1 + 0.06 * noise(rng, shape, 60) + 0.04 * noise(rng, shape, 8))
+        for share in habit
     ]
     fold = pen = None
     if scan.folded:
@@ -151,10 +125,7 @@ def _draw(scan, index, seed):
 
 
 def _stamp(nuclei, shape, mpp):
-    """Put nuclei (µm) on a pixel canvas: chromatin density and the true mask.
-
-    Both come with a border of ``MARGIN`` px; `shape` is that of the slide.
-    """
+    """Put nuclei (µm) on a pixel canvas: chromatin density and the true mask."""
     canvas = np.zeros([n + 2 * MARGIN for n in shape], np.float32)
     mask = np.zeros(canvas.shape, bool)
     nuclei = nuclei[np.argsort(nuclei[:, 2])].astype(np.float32)
@@ -179,7 +150,8 @@ def _stamp(nuclei, shape, mpp):
         place = place + (col + MARGIN + step).astype(np.intp)
         np.maximum.at(canvas.reshape(-1), place.ravel(), tone.ravel())
         mask.reshape(-1)[place[radius < 1]] = True
-    return canvas, mask
+    inside = slice(MARGIN, -MARGIN), slice(MARGIN, -MARGIN)
+    return canvas[inside], mask[inside]
 
 
 def _render(scan, index, seed):
@@ -192,10 +164,9 @@ def _render(scan, index, seed):
     far = nuclei[:, :2] / scan.mpp
     kept &= ((far >= 0) & (far < (width, height))).all(1)
     chromatin, truth = _stamp(nuclei[kept], (height, width), scan.mpp)
-    chromatin = chromatin[MARGIN:-MARGIN, MARGIN:-MARGIN]
-    truth = truth[MARGIN:-MARGIN, MARGIN:-MARGIN]
     gains = [dye * (1 if fold is None else 1 + 0.85 * fold) for dye in dyes]
-    coarse = [solid, texture.hematoxylin * gains[0], texture.eosin * gains[1], gains[0]]
+    dyed = texture.haematoxylin * gains[0], texture.eosin * gains[1]
+    coarse = [solid, *dyed, gains[0]]
     light = 1 + 0.012 * noise(rng, solid.shape, 120)
     grain = [rng.standard_normal((512, 512), dtype=np.float32) for _ in range(5)]
     for k, scale in enumerate((0.45, 0.9)):  # µm: chromatin, cytoplasm
@@ -208,58 +179,48 @@ def _render(scan, index, seed):
     for top in range(0, solid.shape[0] - 1, rows):
         n = min(rows, solid.shape[0] - 1 - top)
         here = slice(top * factor, (top + n) * factor)
-        speck = [np.tile(g[here.start % 512 :][: n * factor], tiles) for g in grain]
-        speck = [g[:, :width] for g in speck]
+        speck = [g[here.start % 512 :][: n * factor] for g in grain]
+        speck = [np.tile(g, tiles)[:, :width] for g in speck]
         depth, blue, pink, gain = (enlarge(f, factor, top, n) for f in coarse)
         cover = np.clip(depth / 1.2 + 0.5, 0, 1)
         truth[here] &= cover > 0.5
         body = chromatin[here] * cover
-        h = blue * cover * (1 + 0.3 * speck[1])
-        h += body * gain * (1 + 0.22 * speck[0])
+        h = blue * cover * (1 + 0.3 * speck[1]) + body * gain * (1 + 0.22 * speck[0])
         e = pink * cover * (1 + 0.1 * speck[1]) * (1 - 0.55 * np.minimum(body, 1))
-        ink = 0 if pen is None else enlarge(pen, factor, top, n)
         if pen is not None:
+            ink = enlarge(pen, factor, top, n)
             truth[here] &= ink < 0.5
         lamp = enlarge(light, factor, top, n)
         for c in range(3):
-            density = h * stain.hematoxylin[c] + e * stain.eosin[c]
+            density = h * stain.haematoxylin[c] + e * stain.eosin[c]
             if pen is not None:
                 density += ink * PENS[scan.pen][c]
             value = lamp * stain.white[c] * np.exp(-density) + 1.6 * speck[2 + c]
             image[here, :, c] = np.clip(value + 0.5, 0, 255)
+
     # Tissue: stained ground without opaque pen; lumina below 5000 µm² are filled.
-    block = round(MASK_MPP / PITCH)
-    stained = _blocks((solid > 0) * 1.0, block) >= 0.5
+    def share(nodes):
+        return block_reduce(nodes[:-1, :-1], round(MASK_MPP / PITCH), np.mean)
+
+    stained = share(solid > 0) >= 0.5
     stained = ndimage.binary_closing(np.pad(stained, 2), iterations=2)[2:-2, 2:-2]
-    holes, _ = ndimage.label(~stained)
-    small = np.bincount(holes.ravel()) < 5000 / MASK_MPP**2
-    small[0] = False
-    tissue = stained | small[holes]
+    tissue = remove_small_holes(stained, max_size=int(5000 / MASK_MPP**2))
     if pen is not None:
-        tissue &= _blocks((pen < 0.5) * 1.0, block) >= 0.5
+        tissue &= share(pen < 0.5) >= 0.5
     return image, truth, tissue
-
-
-def _blocks(field, size):
-    """Average `size` x `size` blocks of nodes; the closing row and column are cut."""
-    height, width = ((n - 1) // size for n in field.shape)
-    field = field[: height * size, : width * size]
-    return field.reshape(height, size, width, size).mean((1, 3))
 
 
 def _shrink(image):
     """Reduce an image four times by averaging; cut to whole blocks."""
-    height, width = (n // 4 * 4 for n in image.shape[:2])
-    image = image[:height, :width]
+    image = image[: len(image) // 4 * 4, : image.shape[1] // 4 * 4]
     tall = sum(image[k::4].astype(np.uint16) for k in range(4))
     return ((sum(tall[:, k::4] for k in range(4)) + 8) // 16).astype(np.uint8)
 
 
 def _publish(path, write):
-    """Call `write` on a temporary name, then rename, so that `path` is never partial.
-
-    The name carries machine and process: two runs may fill one folder at once.
-    """
+    """Call `write` on a temporary name, then rename: `path` is never partial."""
+    # The name carries machine and process: two runs may fill one folder at once.
+    path.parent.mkdir(exist_ok=True)
     part = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part")
     try:
         write(part)
@@ -271,55 +232,44 @@ def _publish(path, write):
 def _write_tiff(image, mpp, path):
     """Write a tiled JPEG pyramid, reduced 4 and 16 times, that OpenSlide opens."""
     options = {
-        "tile": (TILE, TILE),
-        "photometric": "rgb",
-        "subsampling": (2, 2),
-        "compression": "jpeg",
-        "compressionargs": {"level": 85},
-        "resolutionunit": "CENTIMETER",
-        "metadata": None,
-        "software": GENERATOR,
+        "tile": (256, 256), "photometric": "rgb", "subsampling": (2, 2),
+        "compression": "jpeg", "compressionargs": {"level": 85},
+        "resolutionunit": "CENTIMETER", "metadata": None, "software": GENERATOR,
         "maxworkers": 1,
-    }
+    }  # fmt: skip
     with tifffile.TiffWriter(path) as tiff:
         for level in range(3):
             image = _shrink(image) if level else image
-            per_cm = 1e4 / (mpp * 4**level)
-            note = "Synthetic phantom: not tissue" if level == 0 else None
+            note = None if level else "Synthetic phantom: not tissue"
             tiff.write(
-                image,
-                subfiletype=int(level > 0),
-                resolution=(per_cm, per_cm),
-                description=note,
-                **options,
-            )
+                image, subfiletype=int(level > 0), description=note,
+                resolution=(1e4 / (mpp * 4**level),) * 2, **options,
+            )  # fmt: skip
 
 
 def _files(slide):
     """Name the files of one scan; the image comes last and marks the scan as done."""
-    return {
-        "nuclei_mask": f"nuclei_masks/{slide}.png",
-        "tissue_mask": f"tissue_masks/{slide}.png",
-        "file": f"images/{slide}.tif",
+    masks = {
+        f"{kind}_mask": f"{kind}_masks/{slide}.png" for kind in ("nuclei", "tissue")
     }
+    return {**masks, "file": f"images/{slide}.tif"}
 
 
 def _write_scan(folder, index, seed):
     """Write scan `index` unless it is there."""
     scan = plan_scan(index)
-    paths = {key: Path(folder, name) for key, name in _files(scan.slide).items()}
-    if all(path.exists() for path in paths.values()):
+    nuclei_mask, tissue_mask, file = (folder / f for f in _files(scan.slide).values())
+    if nuclei_mask.exists() and tissue_mask.exists() and file.exists():
         return
     image, nuclei, tissue = _render(scan, index, seed)
-    for key, mask in (("nuclei_mask", nuclei), ("tissue_mask", tissue)):
-        picture = Image.fromarray(mask)
-        _publish(paths[key], lambda part, p=picture: p.save(part, format="PNG"))
-    _publish(paths["file"], lambda part: _write_tiff(image, scan.mpp, part))
+    _publish(nuclei_mask, lambda part: Image.fromarray(nuclei).save(part, "PNG"))
+    _publish(tissue_mask, lambda part: Image.fromarray(tissue).save(part, "PNG"))
+    _publish(file, lambda part: _write_tiff(image, scan.mpp, part))
 
 
 def _claim(folder, n_scans, seed):
     """Note in ``phantom.json`` what the folder will hold, or check what it holds."""
-    asked = {"generator": GENERATOR, "n_scans": n_scans, "seed": seed}
+    wanted = {"generator": GENERATOR, "n_scans": n_scans, "seed": seed}
     note = folder / "phantom.json"
     if note.exists():
         try:
@@ -329,21 +279,20 @@ def _claim(folder, n_scans, seed):
     elif (folder / "slides.csv").exists():
         found = "a slides.csv without phantom.json, so another archive"
     else:
-        text = json.dumps(asked, indent=1) + "\n"
+        text = json.dumps(wanted, indent=1) + "\n"
         return _publish(note, lambda part: part.write_text(text))
-    if found != asked:
+    if found != wanted:
         raise ValueError(
-            f"{folder} holds {found}, but {asked} was asked for; "
-            "pass another folder, or delete this one to generate it anew"
+            f"{folder} holds {found}, but {wanted} was wanted; pass another folder, or "
+            "delete this one to generate it anew"
         )
 
 
-def write_phantom_archive(folder, n_scans=24, seed=0, executor=None) -> pd.DataFrame:
+def write_phantom_archive(folder, n_scans=24, seed=0) -> pd.DataFrame:
     """Write synthetic H&E-like slides with known nuclei and tissue.
 
-    Four textures (`label`) x two sites with their own stains x patients. Half of the
-    patients have two scans. Scan i depends on (`seed`, i) only. A run that was
-    stopped goes on where it was: scans that are there are kept.
+    Four textures (`label`) x two sites with their own stains x patients. Scan i depends
+    on (`seed`, i) only. A run that was stopped goes on: scans that are there are kept.
 
     Parameters
     ----------
@@ -353,8 +302,6 @@ def write_phantom_archive(folder, n_scans=24, seed=0, executor=None) -> pd.DataF
         Number of scans; the design is balanced at 24 and repeats with new patients.
     seed : int
         Seed of everything, at least 0.
-    executor : concurrent.futures.Executor, optional
-        Runs one task a scan; without it scans are written one after the other.
 
     Returns
     -------
@@ -362,24 +309,14 @@ def write_phantom_archive(folder, n_scans=24, seed=0, executor=None) -> pd.DataF
         The slide table, also ``slides.csv``, which is written last: `file`, `slide`,
         `patient`, `label`, `site`, `preparation`, `mpp` (µm/px at level 0),
         `objective`, `pen` (a colour or ``"none"``), `folded`, `pale`, `nuclei_mask`
-        (1-bit PNG of level-0 size) and `tissue_mask` (1-bit PNG, 4 µm/px). Files are
-        relative to `folder`.
+        (1-bit PNG of level-0 size) and `tissue_mask` (1-bit PNG, 4 µm/px), relative to
+        `folder`. Tissue is stained ground, folds too; white ground, open clefts, lumina
+        of 5000 µm² or more and opaque pen (half of full ink or more) are not.
 
     Raises
     ------
     ValueError
         If the folder holds another archive, or `n_scans` or `seed` is out of range.
-
-    Notes
-    -----
-    Tissue is stained ground at 4 µm/px: folds are tissue; white ground, open clefts and
-    lumina of 5000 µm² or more are not; opaque pen (0.5 or more of full ink) is neither
-    tissue nor nuclei, whatever lies under it.
-
-    Examples
-    --------
-    >>> plan_scan(5)[:4]
-    ('phantom_005', 'P010', 'fibrous', 'B')
     """
     for name, value, least in (("n_scans", n_scans, 1), ("seed", seed, 0)):
         if value != int(value) or value < least:
@@ -387,17 +324,13 @@ def write_phantom_archive(folder, n_scans=24, seed=0, executor=None) -> pd.DataF
     folder, n_scans, seed = Path(folder), int(n_scans), int(seed)
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, n_scans, seed)
-    for name in _files(""):
-        (folder / _files("")[name]).parent.mkdir(exist_ok=True)
-    run = map if executor is None else executor.map
-    list(run(_write_scan, [str(folder)] * n_scans, range(n_scans), [seed] * n_scans))
+    for index in range(n_scans):
+        _write_scan(folder, index, seed)
     for part in folder.rglob(f".*.{platform.node()}.*.part"):
         if not psutil.pid_exists(int(part.suffixes[-2][1:])):  # left by a killed run
             part.unlink(missing_ok=True)
-    scans = [plan_scan(index) for index in range(n_scans)]
-    table = pd.DataFrame(scans)
-    files = pd.DataFrame([_files(scan.slide) for scan in scans])
-    table = table.join(files)
+    table = pd.DataFrame([plan_scan(index) for index in range(n_scans)])
+    table = table.join(pd.DataFrame([_files(slide) for slide in table["slide"]]))
     table = table[["file", *Scan._fields, "nuclei_mask", "tissue_mask"]]
     _publish(folder / "slides.csv", lambda part: table.to_csv(part, index=False))
     return table

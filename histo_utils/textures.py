@@ -1,4 +1,4 @@
-"""The four textures of the phantoms, drawn on a coarse grid.
+"""The four textures of the phantoms on a coarse grid.
 
 A texture is where the tissue is solid, how much of either dye lies outside nuclei, and
 where the nuclei are. Lengths are in µm; fields have one node every ``PITCH`` µm.
@@ -13,11 +13,11 @@ PITCH = 2.0  # µm between nodes of the coarse grid
 
 
 class Texture(NamedTuple):
-    """One class drawn on the coarse grid, and its nuclei."""
+    """One class on the coarse grid, and its nuclei."""
 
     solid: np.ndarray  # (h, w) µm to the nearest lumen or cleft, negative inside it
     eosin: np.ndarray  # (h, w) dye outside nuclei
-    hematoxylin: np.ndarray  # (h, w) dye outside nuclei
+    haematoxylin: np.ndarray  # (h, w) dye outside nuclei
     nuclei: np.ndarray  # (n, 9): x y long short angle bend dark rim softness
 
 
@@ -33,7 +33,7 @@ def enlarge(grid, factor, top=0, rows=None):
 
 
 def noise(rng, shape, scale):
-    """Draw smooth noise of unit deviation, `scale` in nodes."""
+    """Smooth noise of unit deviation, `scale` in nodes."""
     step = max(1, int(scale / 2.5))
     small = rng.standard_normal([n // step + 2 for n in shape], dtype=np.float32)
     small = ndimage.gaussian_filter(small, scale / step, mode="wrap")
@@ -62,22 +62,17 @@ def _cells(rng, points, size, angle, dark, rim=0.1, bend=0.0, vary=0.12):
     n = len(points)
     # Bounded, so that no nucleus of any seed is longer than the canvas's margin.
     spread = np.exp(vary * np.clip(rng.standard_normal((3, n)), -2.2, 2.2))
+    turn = np.broadcast_to(angle, n) + rng.normal(0, 0.2, n)
+    bent = rng.normal(0, bend, n) if bend else np.zeros(n)
+    soft = rng.uniform(0.5, 1.3, n)
     return np.column_stack(
-        [
-            points,
-            size[0] * spread[0],
-            size[1] * spread[1],
-            np.broadcast_to(angle, n) + rng.normal(0, 0.2, n),
-            rng.normal(0, bend, n) if bend else np.zeros(n),
-            dark * spread[2],
-            np.full(n, rim),
-            rng.uniform(0.5, 1.3, n),
-        ]
-    )
+        [points, size[0] * spread[0], size[1] * spread[1], turn, bent, dark * spread[2],
+         np.full(n, rim), soft]
+    )  # fmt: skip
 
 
 def _fibres(rng, x, y, wave=35.0):
-    """Draw wavy strands: their tone (unit deviation) and direction in radians."""
+    """Wavy strands: their tone (unit deviation) and direction in radians."""
     turn = rng.uniform(0, np.pi)
     bent = wave * noise(rng, x.shape, 55) + wave / 9 * noise(rng, x.shape, 12)
     across = -x * np.sin(turn) + y * np.cos(turn) + bent
@@ -86,9 +81,7 @@ def _fibres(rng, x, y, wave=35.0):
     tone = 0
     for thick, long, weight in ((2.2, 38, 1.0), (9, 90, 1.2)):  # fibrils, bundles
         place = [across / thick, along / long]
-        tone += weight * ndimage.map_coordinates(
-            sheet, place, order=1, mode="grid-wrap"
-        )
+        tone += weight * ndimage.map_coordinates(sheet, place, None, 1, "grid-wrap")
     down, right = np.gradient(across)
     return (tone / tone.std()).astype(np.float32), np.arctan2(-right, down)
 
@@ -97,14 +90,12 @@ def _spindles(rng, shape, spacing, share, angle, size=1.0):
     """Scatter fibroblasts along `angle`, kept with probability `share` (a field)."""
     points = _scatter(rng, shape, spacing, 0.5)
     points = points[rng.random(len(points)) < look_up(share, points)]
-    half = (6.5 * size, 1.5 * size)
-    return _cells(
-        rng, points, half, look_up(angle, points), 0.95, bend=0.011, vary=0.22
-    )
+    half, turn = (6.5 * size, 1.5 * size), look_up(angle, points)
+    return _cells(rng, points, half, turn, 0.95, bend=0.011, vary=0.22)
 
 
 def _glandular(rng, own, x, y, rich):
-    """Draw rings of basal nuclei around open lumina, in stroma."""
+    """Rings of basal nuclei around open lumina, in stroma."""
     step, size = own.uniform(100, 130), own.uniform(0.9, 1.15)
     opening = own.uniform(0.35, 0.55)
     centres = _scatter(rng, x.shape, step, 0.28)
@@ -150,20 +141,19 @@ def _glandular(rng, own, x, y, rich):
 
 
 def _fibrous(rng, own, x, y, rich):
-    """Draw collagen in waves, with long thin nuclei that follow it."""
+    """Collagen in waves, with long thin nuclei that follow it."""
     size = own.uniform(0.9, 1.25)
     tone, angle = _fibres(rng, x, y, own.uniform(30, 55))
     gap = noise(rng, x.shape, 30) * 0.5 + tone
-    spindles = _spindles(
-        rng, x.shape, own.uniform(12, 15), 0.12 + 0.8 * rich, angle, size * 1.25
-    )
+    step, share = own.uniform(12, 15), 0.12 + 0.8 * rich
+    spindles = _spindles(rng, x.shape, step, share, angle, size * 1.25)
     eosin = 0.72 + 0.2 * tone - 0.12 * rich
     cracks = (gap + own.uniform(2.0, 2.4)) * 5
     return Texture(cracks, eosin, 0.04 + 0.06 * rich, spindles)
 
 
 def _lymphoid(rng, own, x, y, rich):
-    """Draw packed small round nuclei, pale follicle centres and thin septa."""
+    """Packed small round nuclei, pale follicle centres and thin septa."""
     size = own.uniform(0.92, 1.12)
     tone, angle = _fibres(rng, x, y)
     septum = np.abs(noise(rng, x.shape, 38)) - 0.05 - 0.9 * np.clip(0.38 - rich, 0, 1)
@@ -188,7 +178,7 @@ def _lymphoid(rng, own, x, y, rich):
 
 
 def _papillary(rng, own, x, y, rich):
-    """Draw fronds with a fibrous core, lined by large pale nuclei, in open space."""
+    """Fronds with a fibrous core, lined by large pale nuclei, in open space."""
     size = own.uniform(0.9, 1.15)
     wide = own.uniform(9.5, 12)
     crest = noise(rng, x.shape, wide) - noise(rng, x.shape, wide * 2.2)
@@ -213,8 +203,6 @@ def _papillary(rng, own, x, y, rich):
 
 
 DRAW = {
-    "glandular": _glandular,
-    "fibrous": _fibrous,
-    "lymphoid": _lymphoid,
-    "papillary": _papillary,
-}
+    "glandular": _glandular, "fibrous": _fibrous,
+    "lymphoid": _lymphoid, "papillary": _papillary,
+}  # fmt: skip
