@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from histo_utils.baselines import grey_histogram, mean_rgb, nuclear_area, rgb_histogram
-from histo_utils.mosaic import cellularity
+from histo_utils.stains import cellularity
 
 SIZE, MPP = 64, 0.5
 

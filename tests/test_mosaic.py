@@ -1,8 +1,11 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
+from scipy.stats import spearmanr
 from sklearn.cluster import KMeans
 
 from histo_utils.mosaic import (
@@ -132,10 +135,8 @@ def test_the_richest_patches_are_kept(phantoms):
         high_cellularity_mosaic(slide, grid, keep=0)
 
 
+@pytest.mark.slow
 def test_cellularity_follows_the_planted_nuclei(phantoms):
-    from PIL import Image
-    from scipy.stats import spearmanr
-
     folder, table = phantoms
     for row in table.itertuples():
         if row.pale:
@@ -177,8 +178,8 @@ def mixed_slides(phantoms, write_slide, tmp_path):
 
 
 def test_a_batch_reports_every_slide(mixed_slides, tmp_path):
-    out = tmp_path / "out"
-    report = extract_mosaics(mixed_slides, out, progress=False, **SMALL)
+    out, here = tmp_path / "out", ThreadPoolExecutor(1)
+    report = extract_mosaics(mixed_slides, out, here, progress=False, **SMALL)
     status = report["status"].tolist()
     assert status == ["done", "no tissue", "failed", "failed", "done"]
     assert "pass mpp=" in report["message"][3]
@@ -191,7 +192,7 @@ def test_a_batch_reports_every_slide(mixed_slides, tmp_path):
     assert len(pd.read_parquet(out / "leeres Glas ä.parquet")) == 0
     # again, with the remedy: finished slides are not repeated
     mended = mixed_slides.assign(slide_mpp=[None, None, None, 0.5, None])
-    again = extract_mosaics(mended, out, progress=False, **SMALL)
+    again = extract_mosaics(mended, out, here, progress=False, **SMALL)
     assert again["resumed"].tolist() == [True, True, False, False, True]
     assert again["status"][3] == "no tissue" and again["mpp_source"][3] == "given"
     first, second = report.set_index("slide"), again.set_index("slide")
@@ -208,6 +209,7 @@ def test_bad_slide_tables(tmp_path):
 
 
 @pytest.mark.tissue
+@pytest.mark.slow
 def test_damaged_real_slides_in_a_batch(real_slides, tmp_path):
     whole = (real_slides / "CMU-1-Small-Region.svs").read_bytes()
     (tmp_path / "short.svs").write_bytes(whole[:900_000])

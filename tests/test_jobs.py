@@ -49,6 +49,7 @@ def test_one_bad_slide_never_stops_the_others(tmp_path):
     assert all(line["seconds"] >= 0 and line["peak_mb"] > 10 for line in lines)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_costs_one_slide(tmp_path):
     lines = run_batch(work, jobs("", "die", "", ""), tmp_path, progress=False)
     assert [line["status"] for line in lines] == ["done", "failed", "done", "done"]
@@ -90,28 +91,37 @@ def test_a_changed_slide_is_worked_on_again(tmp_path):
         assert not run_batch(work, job, out, pool, progress=False)[0]["resumed"]
 
 
-def test_killed_in_the_middle_it_goes_on(tmp_path):
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from test_many_slides import *\n"
-        "if __name__ == '__main__':\n"
-        "    with ThreadPoolExecutor(1) as pool:\n"
-        "        run_batch(work, jobs(*['slow'] * 6), Path(sys.argv[2]), pool)\n"
+def start(tmp_path, call):
+    """Start a Python process that makes one call with this module's names."""
+    lines = (
+        "import sys; sys.path.insert(0, sys.argv[1])",
+        "from test_jobs import *",
+        "if __name__ == '__main__':",
+        f"    out = Path(sys.argv[2]); {call}",
     )
-    (tmp_path / "run.py").write_text(script)
-    out = tmp_path / "out"
+    (tmp_path / "run.py").write_text("\n".join(lines))
     here = str(Path(__file__).parent)
-    command = [sys.executable, str(tmp_path / "run.py"), here, str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (out / "s1.json").exists() and time.monotonic() < deadline:
+    command = [sys.executable, str(tmp_path / "run.py"), here, str(tmp_path)]
+    return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+
+
+def wait(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
         time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_it_goes_on(tmp_path):
+    call = "run_batch(work, jobs(*['slow'] * 6), out, ThreadPoolExecutor(1))"
+    process = start(tmp_path, call)
+    wait((tmp_path / "s1.json").exists)
     process.kill()
     process.wait()
-    finished = len(list(out.glob("s?.json")))
+    finished = len(list(tmp_path.glob("s?.json")))
     assert 2 <= finished < 6
     with ThreadPoolExecutor(1) as pool:
-        lines = run_batch(work, jobs(*["slow"] * 6), out, pool, progress=False)
+        lines = run_batch(work, jobs(*["slow"] * 6), tmp_path, pool, progress=False)
     assert sum(line["resumed"] for line in lines) == finished
     assert [line["squared"] for line in lines] == [i**2 for i in range(6)]
 
@@ -130,26 +140,15 @@ def watching(seen, job, out):
     return {}
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_parent(tmp_path):
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from test_many_slides import *\n"
-        "if __name__ == '__main__':\n"
-        "    run_batch(work, jobs('pid', 'pid'), Path(sys.argv[2]))\n"
-    )
-    (tmp_path / "run.py").write_text(script)
-    here = str(Path(__file__).parent)
-    command = [sys.executable, str(tmp_path / "run.py"), here, str(tmp_path)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("*.pid")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    process = start(tmp_path, "run_batch(work, jobs('pid', 'pid'), out)")
+    wait(lambda: list(tmp_path.glob("*.pid")))
     workers = [int(path.stem) for path in tmp_path.glob("*.pid")]
     assert workers and all(psutil.pid_exists(pid) for pid in workers)
     process.kill()
     process.wait()
-    while any(map(psutil.pid_exists, workers)) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait(lambda: not any(map(psutil.pid_exists, workers)))
     assert not any(map(psutil.pid_exists, workers))
 
 

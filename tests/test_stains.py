@@ -1,18 +1,23 @@
-"""Values of `cellularity`: published toys, planted mixtures, hand counts, tissue."""
+"""Cellularity on published toys, planted mixtures and tissue; stain matching."""
 
 import csv
 import json
-import os
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import tifffile
+from PIL import Image
 from scipy.stats import spearmanr
 from skimage.color import rgb2hed
 
+from histo_utils import patches
 from histo_utils.stains import (
     NucleiFit,
+    StainMatch,
     cellularity,
+    fit_stains,
     haematoxylin,
     macenko_stains,
     nuclei_mask,
@@ -49,10 +54,8 @@ def toy():
 
 def test_golden_fixed_threshold(toy):
     arrays, golden = toy
-    got = [
-        cellularity(p, stains="hed", threshold=0.11, smooth=0)
-        for p in arrays["patches"]
-    ]
+    fit = NucleiFit("hed", 0.11, 0.0)
+    got = [cellularity(p, fit=fit) for p in arrays["patches"]]
     assert got == golden["cellularity_fixed"]
 
 
@@ -171,8 +174,8 @@ def test_half_resolution_agrees():
         lambda: cellularity(np.zeros((4, 4, 4), np.uint8)),
         lambda: cellularity(np.zeros((0, 4, 3), np.uint8)),
         lambda: cellularity(np.zeros((4, 4, 3), np.uint8), mpp=0),
-        lambda: cellularity(np.zeros((4, 4, 3), np.uint8), smooth=-1),
-        lambda: cellularity(np.zeros((4, 4, 3), np.uint8), threshold="li"),
+        lambda: nuclei_mask(np.zeros((4, 4, 3), np.uint8), holes=-1),
+        lambda: nuclei_threshold([np.zeros((4, 4, 3), np.uint8)], smooth=-1),
         lambda: haematoxylin(np.zeros((4, 4, 3), np.uint8), "hes"),
         lambda: nuclei_threshold([]),
     ],
@@ -183,20 +186,14 @@ def test_bad_input(call):
 
 
 @pytest.mark.tissue
-def test_reference_figures():
-    root = os.environ.get("HISTO_DATA")
-    if not root:
-        pytest.skip("HISTO_DATA names no folder with MoNuSeg")
-    tifffile = pytest.importorskip("tifffile")
-    from PIL import Image
-
-    folder = Path(root) / "monuseg"
+@pytest.mark.slow
+def test_reference_figures(monuseg):
     expert, got, dice = [], [], []
-    with open(folder / "slides.csv", newline="") as file:
+    with open(monuseg / "slides.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
-        truth = np.asarray(Image.open(folder / row["mask"])) > 0
-        mask = nuclei_mask(tifffile.imread(folder / row["file"]), float(row["mpp"]))
+        truth = np.asarray(Image.open(monuseg / row["mask"])) > 0
+        mask = nuclei_mask(tifffile.imread(monuseg / row["file"]), float(row["mpp"]))
         for store, m in ((expert, truth), (got, mask)):
             store.append(m.reshape(4, 250, 4, 250).mean((1, 3)).ravel())
         dice.append(2 * (mask & truth).sum() / (mask.sum() + truth.sum()))
@@ -204,3 +201,102 @@ def test_reference_figures():
     within = [spearmanr(e, g).statistic for e, g in zip(expert, got, strict=True)]
     figures = [pooled, np.mean(within), np.mean(dice)]
     assert figures == pytest.approx(REFERENCE, abs=0.005)
+
+
+# --- stain matching
+
+SIDE = 32
+PURPLE, ROSE = np.array([0.65, 0.70, 0.29]), np.array([0.07, 0.99, 0.11])
+
+
+def stained(rng, haematoxylin, strength=1.0, side=128):
+    """An image of two stains in random amounts, a fifth of it clear glass."""
+    amount = rng.gamma(2.0, 0.35, (side, side, 2)) * strength
+    amount[: side // 5] = 0
+    density = amount @ np.stack([haematoxylin, ROSE])
+    return np.rint(255 * np.exp(-density)).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Patches of a usual slide, a strange one and a white one."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("stains")
+    images = {
+        "usual": stained(rng, PURPLE),
+        "blue and pale": stained(rng, np.array([0.45, 0.60, 0.66]), 0.6),
+        "white": np.full((64, 64, 3), 255, np.uint8),
+    }
+    rows = []
+    for name, image in images.items():
+        Image.fromarray(image).save(folder / f"{name}.png")
+        for y in range(0, len(image), SIDE):
+            for x in range(0, len(image), SIDE):
+                rows.append((str(folder / f"{name}.png"), x, y, name, name))
+    table = pd.DataFrame(rows, columns=["image", "x", "y", "slide", "patient"])
+    return table.assign(size=SIDE, mpp=0.5, slide_mpp=0.5, label="a")
+
+
+def tiles(table, slide):
+    rows = table[table["slide"] == slide].to_dict("records")
+    return np.stack([patches.read_patch(row) for row in rows])
+
+
+def test_matching_moves_a_slide_towards_the_target(table):
+    match = StainMatch.fit(table, target="usual")
+    assert match.degenerate == ("white",)
+    strange, usual = tiles(table, "blue and pale"), tiles(table, "usual")
+    moved = np.stack([match(tile, "blue and pale") for tile in strange])
+    goal = usual.mean((0, 1, 2))
+    before = abs(strange.mean((0, 1, 2)) - goal).max()
+    assert before > 25 and abs(moved.mean((0, 1, 2)) - goal).max() < before / 4
+    # the target's own tiles stay what they were, up to the plane of two stains
+    own = np.stack([match(tile, "usual") for tile in usual])
+    assert abs(own.astype(int) - usual).mean() < 2
+
+
+def test_stain_fit_finds_the_stains_of_the_slide():
+    fit = fit_stains([stained(np.random.default_rng(1), PURPLE)])
+    assert not fit.degenerate
+    for found, true in zip(fit.stains, (PURPLE, ROSE), strict=True):
+        cosine = found @ true / np.linalg.norm(true)
+        assert np.degrees(np.arccos(min(1, cosine))) < 8
+
+
+def test_fit_is_one_per_slide_not_per_tile(table):
+    match = StainMatch.fit(table, target="usual")
+    some = list(tiles(table, "blue and pale")[-4:])
+    together = match(np.concatenate(some, axis=1), "blue and pale")
+    apart = np.concatenate([match(t, "blue and pale") for t in some], axis=1)
+    np.testing.assert_array_equal(together, apart)
+
+
+def test_white_tiles_and_degenerate_slides_are_left_alone(table):
+    match = StainMatch.fit(table, target="usual")
+    white = np.full((16, 16, 3), 250, np.uint8)
+    assert match(white, "usual") is white
+    dark = stained(np.random.default_rng(2), PURPLE)
+    assert match(dark, "usual") is not dark
+    assert match(dark, "white") is dark  # its slide could not be fitted
+
+
+def test_one_stain_is_degenerate():
+    rng = np.random.default_rng(0)
+    one = np.exp(-rng.gamma(2.0, 0.4, (64, 64, 1)) * ROSE) * 255
+    assert fit_stains([np.rint(one).astype(np.uint8)]).degenerate
+
+
+def test_identity_follows_the_fit(table):
+    first, again = StainMatch.fit(table), StainMatch.fit(table)
+    assert first.identity == again.identity
+    assert StainMatch.fit(table, target="usual").identity != first.identity
+
+
+def test_matches_that_cannot_be(table):
+    with pytest.raises(ValueError, match="'none' is not a slide of the table"):
+        StainMatch.fit(table, target="none")
+    with pytest.raises(ValueError, match="none of 1 slides shows two stains"):
+        StainMatch.fit(table[table["slide"] == "white"])
+    with pytest.raises(ValueError, match="the target's stains are degenerate"):
+        StainMatch.fit(table, target="white")
+    with pytest.raises(ValueError, match=r"slide 'new' was not fitted \(3 were\)"):
+        StainMatch.fit(table)(np.zeros((2, 2, 3), np.uint8), "new")
