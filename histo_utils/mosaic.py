@@ -5,7 +5,6 @@ Yottixel is patented (US10628736B2); see the README before commercial use.
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from histo_utils.stains import cellularity, nuclei_threshold
 
 COLOUR_MPP = 2.0  # µm per pixel at which Yottixel takes a patch's mean colour (5×)
 FIT_PATCHES = 16  # of a mosaic; stain vectors and threshold are fitted on these
-MADE_BY = ("slides.py", "stains.py", "mosaic.py")  # results of older code are not kept
 REPORT_COLUMNS = (
     "slide", "status", "resumed", "mpp", "mpp_source", "patches", "mosaic",
     "high_cellularity", "megapixels", "seconds", "peak_mb", "message",
@@ -221,8 +219,8 @@ def extract_mosaics(slides, out, executor=None, progress=True, **parameters):
         raise ValueError("the slide table is empty; is the folder right?")
     if "image" not in slides:
         raise ValueError(f"the slide table has no column image; it has {list(slides)}")
-    code = b"".join((Path(__file__).parent / name).read_bytes() for name in MADE_BY)
-    shared = {"parameters": parameters, "code": hashlib.sha256(code).hexdigest()[:16]}
+    # Results of older code are not kept.
+    shared = {"parameters": parameters, "code": provenance.code_hash("mosaic")[:16]}
     jobs = []
     for row in slides.to_dict("records"):
         image, mpp = str(row.pop("image")), row.pop("slide_mpp", None)
