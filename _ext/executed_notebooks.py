@@ -77,8 +77,8 @@ def with_text(found):
     """Add ``ci``, the words for a score, η or a difference with its interval.
 
     A comparison also gets ``versus``: with its p (after Holm's correction where there
-    was one) and the difference that could have been detected; and ``told``, which says
-    first what that means at a level of 5 %.
+    was one) and the minimum detectable difference; and ``verdict``, which says first
+    what that means at a level of 5 %.
     """
     gap = _interval(found, "difference", "{:+.2f}")
     words = [_interval(found, name, "{:.2f}") for name in ("score", "eta_p")]
@@ -89,8 +89,9 @@ def with_text(found):
         text = "p\N{NO-BREAK SPACE}" + ("< 0.001" if p < 0.001 else f"{p:.3f}")
         found["versus"] = f"{gap}, {text}, ±{found['detectable']:.2f}"
         side = "higher" if found["difference"] > 0 else "lower"
-        verdict = side if p < 0.05 else "not told apart"
-        found["told"] = f"{verdict}: {found['versus']}"
+        side = side if p < 0.05 else "no significant difference"
+        found["verdict"] = f"{side}: {found['versus']}"
+        found["told"] = found["verdict"]  # until no page reads it by this name
     return found
 
 

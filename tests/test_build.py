@@ -310,7 +310,7 @@ def typed(text):
         (
             0.05,
             {"p": 0.01, "p_holm": 0.2},
-            "not told apart: +0.05 [-0.10, +0.20], p 0.200",
+            "no significant difference: +0.05 [-0.10, +0.20], p 0.200",
         ),
         (0.05, {"p": 0.01, "p_holm": 0.04}, "higher: +0.05 [-0.10, +0.20], p 0.040"),
         (-0.05, {"p": 0.0001}, "lower: -0.05 [-0.10, +0.20], p < 0.001"),
@@ -322,7 +322,7 @@ def test_a_comparison_says_what_it_means(tmp_path, difference, p, words):
 
     gap = {"difference": difference, "low": -0.1, "high": 0.2, "detectable": 0.08, **p}
     (tmp_path / "02_x.json").write_text(json.dumps(gap))
-    assert typed(read_results(tmp_path)["ch02"]["told"]) == f"{words}, ±0.08"
+    assert typed(read_results(tmp_path)["ch02"]["verdict"]) == f"{words}, ±0.08"
 
 
 def test_a_row_of_etas_carries_both_its_words(tmp_path):
