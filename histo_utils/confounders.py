@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from histo_utils import protocols
+from histo_utils import protocols, statistics
 from histo_utils.embeddings import Embeddings
 
 RULES = ("colour", "preparation", "related", "ambiguous")
@@ -100,6 +100,25 @@ def within_and_across(embeddings: Embeddings, column: str, **how) -> pd.DataFram
         found[side] = hit[rows]
         found[f"chance_{side}"] = (may & right[rows]).sum(axis=1) / may.sum(axis=1)
     return found
+
+
+def sides(system, column: str) -> dict:
+    """Scores, difference and chance of `within_and_across`; system: Embeddings, how."""
+    found = within_and_across(system[0], column, **system[1])
+    patient, hits = (
+        found["patient"].to_numpy(),
+        found[["within", "across"]].to_numpy().T,
+    )
+    row = dict(
+        zip(
+            ("within", "across"),
+            (statistics.score(h, patient) for h in hits),
+            strict=True,
+        )
+    )
+    row["difference"] = statistics.compare(*hits, patient)
+    row |= found.filter(like="chance").mean().to_dict()
+    return row | {"patients": found["patient"].nunique()}
 
 
 def nesting(table: pd.DataFrame, column: str, label: str = "label") -> dict:
