@@ -29,9 +29,8 @@ def agrees(outcomes: pd.DataFrame, values) -> np.ndarray:
 def by_chance(table: pd.DataFrame, column: str, within: str | None = None):
     """Share of other patients' patches that agree with each patch in a column; (n,).
 
-    What the nearest neighbour would score if it were drawn at random from the other
-    patients, or with ``within`` from those of them that agree in that column too; NaN
-    where there are none.
+    What a random neighbour of the other patients would score, or with ``within`` of
+    those that agree in that column too; NaN where there are none.
     """
     may = ~_same(table, "patient")
     may = may & _same(table, within) if within else may

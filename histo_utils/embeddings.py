@@ -22,17 +22,9 @@ class Embeddings:
     Parameters
     ----------
     vectors : (n, d) array or tensor of floats
-        One vector per patch, kept as float32.
+        One vector per patch, kept as float32; NaN is an error.
     table : DataFrame with n rows
-        The patch table (``label``, ``slide``, ``patient``, …). Its index is
-        replaced by 0 … n-1, the ids that a search returns.
-
-    Raises
-    ------
-    TypeError
-        Vectors that are not floats, or a table that is not a DataFrame.
-    ValueError
-        Vectors that are not (n, d), another number of rows than the table's, NaN.
+        The patch table. Its index becomes 0 … n-1, the ids that a search returns.
 
     Examples
     --------
@@ -48,10 +40,7 @@ class Embeddings:
     def __post_init__(self):
         vectors = np.asarray(self.vectors)
         if not isinstance(self.table, pd.DataFrame):
-            raise TypeError(
-                f"table is a {type(self.table).__name__}; expected a pandas "
-                "DataFrame with one row per vector"
-            )
+            raise TypeError(f"table is a {type(self.table).__name__}, not a DataFrame")
         if not np.issubdtype(vectors.dtype, np.floating):
             raise TypeError(
                 f"vectors are {vectors.dtype}; expected float32: use vectors.astype"
@@ -131,8 +120,7 @@ def load_embeddings(folder: str | Path) -> Embeddings:
     missing = [name for name in (VECTORS, TABLE) if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{folder} has no {' and no '.join(missing)}; expected a folder written by "
-            "Embeddings.save: embed the patches again"
+            f"{folder} has no {' and no '.join(missing)}; embed the patches again"
         )
     try:
         vectors = np.load(folder / VECTORS, allow_pickle=False)
@@ -169,8 +157,7 @@ def standardise(
 ) -> Embeddings | tuple[Embeddings, Embeddings]:
     """Scale every dimension to mean 0 and standard deviation 1 **of the gallery**.
 
-    Queries are scaled with the gallery's numbers, never with their own; a dimension
-    that is constant in the gallery is only centred. Returns (gallery, queries) where
+    A dimension that is constant in the gallery is only centred. Returns both where
     queries are given.
 
     Examples

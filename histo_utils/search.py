@@ -75,15 +75,17 @@ class Archive:
             )
         if rerank is not None and (index == "flat" or rerank < 1):
             raise ValueError(
-                f"rerank={rerank} with index={index!r}; expected 1 or more, with "
-                "index='barcode' (a flat index is exact already)"
+                f"rerank={rerank} with index={index!r}; expected 1 or more, for a "
+                "barcode index (a flat index is exact already)"
             )
         if len(embeddings) == 0:
             raise ValueError("the gallery is empty; nothing can be found in it")
         self.embeddings, self.index = embeddings, index
         self.metric, self.rerank = metric, rerank
         _check_lengths(embeddings.vectors, metric, "gallery")
-        self._centre = embeddings.vectors.mean(axis=0, dtype=np.float64)
+        self._centre = 0.0
+        if index == "flat":  # short vectors round less
+            self._centre = self._form(embeddings.vectors).mean(axis=0, dtype=float)
         self._forms = self._form(embeddings.vectors)
         if index == "flat":
             self._squares = np.einsum("ij,ij->i", self._forms, self._forms)
@@ -91,19 +93,10 @@ class Archive:
     def search(self, queries, k, exclude=None) -> Neighbours:
         """Find the k nearest allowed gallery items of every query.
 
-        Parameters
-        ----------
-        queries : Embeddings or (m, d) array of floats
-            An array has no table and can only be searched with ``exclude=None``.
-        k : int
-        exclude : None, "self", "touching", "slide" or "patient"
-            What a query may not find (`exclusion_mask`).
-
-        Raises
-        ------
-        ValueError
-            k beyond what is left for some query (never silently fewer), other
-            dimensions, NaN, or a table without the columns that ``exclude`` needs.
+        ``queries`` are Embeddings, or an (m, d) array, which has no table and can only
+        be searched with ``exclude=None``; ``exclude`` is a rule of `exclusion_mask`.
+        A k beyond what is left for some query is an error, never silently fewer; so are
+        other dimensions, NaN, and a table without the columns that the rule needs.
         """
         if isinstance(queries, np.ndarray):
             if exclude is not None:
@@ -160,14 +153,15 @@ class Archive:
         return self._squares - 2 * (forms @ self._forms.T), margin
 
     def _form(self, vectors):
-        """Prepare what is compared first: packed bits, unit or centred vectors."""
+        """Prepare what is compared first: packed bits, or centred (unit) vectors."""
         if self.index == "barcode":
             return np.packbits(minmax_barcode(vectors), axis=1)
-        if self.metric == "euclidean":
-            return vectors - self._centre.astype(np.float32)
-        squares = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
-        unit = np.empty_like(vectors)
-        return np.divide(vectors, np.sqrt(squares)[:, None], unit, casting="same_kind")
+        forms, step = np.empty_like(vectors), max(1, _CELLS // self.embeddings.dim)
+        for rows in (slice(i, i + step) for i in range(0, len(vectors), step)):
+            part = vectors[rows].astype(np.float64)
+            part = normalize(part) if self.metric == "cosine" else part
+            forms[rows] = part - self._centre
+        return forms
 
 
 def exclusion_mask(queries, gallery, exclude=None) -> np.ndarray:
@@ -333,9 +327,8 @@ def bag_distances(
 
 def _check_bags(bags, metric):
     """Return whether the bags hold bits; raise where they or the metric are wrong."""
-    if any(bag.ndim != 2 or 0 in bag.shape for bag in bags) or (
-        len({bag.shape[1] for bag in bags}) != 1
-    ):
+    shapes = {bag.shape[1:] for bag in bags if bag.ndim == 2 and bag.size}
+    if len(shapes) != 1 or not all(bag.ndim == 2 and bag.size for bag in bags):
         raise ValueError(
             f"slides have shapes {[bag.shape for bag in bags][:4]}; expected (patches, "
             "d), at least one patch each and one d: leave slides without patches out"
@@ -366,9 +359,10 @@ def _hamming(a, b):
         import faiss
     except ImportError as error:
         raise ImportError("barcodes need faiss: histo_utils[networks]") from error
+    a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
     far = np.empty((len(a), len(b)), np.int32)
-    where = (faiss.swig_ptr(np.ascontiguousarray(x)) for x in (a, b))
-    faiss.hammings(*where, len(a), len(b), a.shape[1], faiss.swig_ptr(far))
+    where, to = (faiss.swig_ptr(x) for x in (a, b)), faiss.swig_ptr(far)
+    faiss.hammings(*where, len(a), len(b), a.shape[1], to)
     return far
 
 
@@ -398,9 +392,7 @@ def _blocks(queries, gallery, exclude):
     for rows in (slice(start, start + step) for start in range(0, m, step)):
         mask = own[rows, None] == theirs
         if reach is not None:
-            for axis in (0, 1):
-                gap = abs(place[rows, axis, None] - places[:, axis])
-                mask &= gap <= reach[rows]
+            mask &= cdist(place[rows], places, "chebyshev") <= reach[rows]
         yield rows, mask
 
 
@@ -419,18 +411,20 @@ def _codes(queries, gallery, columns, why):
                     f"row {row} of the {which} table has no {name}, which {why} needs; "
                     "fill it in or drop the row"
                 )
-    total = np.zeros(len(queries) + len(gallery), np.int64)
     for name in columns:
-        parts = [table[name].astype(object) for table in (queries, gallery)]
-        kinds = {pd.api.types.infer_dtype(part) for part in parts if len(part)}
+        kinds = {
+            pd.api.types.infer_dtype(table[name].astype(object))
+            for table in (queries, gallery)
+            if len(table)
+        }
         if len(kinds) > 1 and not kinds <= {"integer", "floating"}:
             raise ValueError(
                 f"{name} is {' in one table and '.join(sorted(kinds))} in the other; "
                 "values would never match: convert one of them"
             )
-        codes, kinds = pd.factorize(pd.concat(parts, ignore_index=True))
-        total = pd.factorize(total * (len(kinds) + 1) + codes)[0]
-    return total[: len(queries)], total[len(queries) :]
+    both = pd.concat([queries[columns], gallery[columns]])
+    codes = both.groupby(columns, sort=False, observed=True).ngroup().to_numpy()
+    return codes[: len(queries)], codes[len(queries) :]
 
 
 def _check_lengths(vectors, metric, which):
