@@ -72,7 +72,7 @@ def test_locations_are_those_of_the_released_code_under_its_tie_rule(toy, percen
     assert released_recipe(table, percent) == golden_places
 
 
-@pytest.mark.parametrize("percent", PERCENT)
+@pytest.mark.parametrize("percent", PERCENT[:3])
 def test_without_ties_the_package_chooses_what_the_recipe_chooses(toy, percent):
     table = toy[0].copy()
     rng = np.random.default_rng(0)

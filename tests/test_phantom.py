@@ -105,18 +105,12 @@ def test_design_of_24():
     assert plan.pen.value_counts().to_dict() == pens
     assert (plan.folded.sum(), plan.pale.sum(), (plan.mpp == 0.25).sum()) == (3, 1, 4)
     assert plan[plan.mpp == 0.25].label.nunique() == 4
-    assert set(plan.preparation) == {"FFPE"}
-
-
-def test_design_beyond_24_has_new_patients():
-    first = {plan_scan(i).patient for i in range(24)}
     again = {plan_scan(i).patient for i in range(24, 48)}
-    assert len(again) == 16
-    assert not first & again
+    assert len(again) == 16 and not again & set(plan.patient)
 
 
-def test_nuclei_mask_fits_the_image(phantoms, scans):
-    """Haematoxylin absorbs red, eosin hardly: red density tells nuclei."""
+def test_masks_fit_the_image(phantoms, scans):
+    """Haematoxylin absorbs red, eosin hardly: red density shows nuclei."""
     for row in phantoms[1].itertuples():
         image, nuclei, tissue = scans[row.slide]
         red = -np.log(np.maximum(image[..., 0], 1) / 245)
@@ -124,11 +118,6 @@ def test_nuclei_mask_fits_the_image(phantoms, scans):
         assert inside > 2.2 * outside, row.slide
         assert (nuclei & ~tissue).sum() < 0.005 * nuclei.sum()
         assert 0.05 < nuclei[tissue].mean() < 0.6
-
-
-def test_tissue_mask_fits_the_image(phantoms, scans):
-    for row in phantoms[1].itertuples():
-        image, _, tissue = scans[row.slide]
         assert 0.4 < tissue.mean() < 0.9
         assert image[tissue, 1].mean() < 215
         if row.pen == "none":
@@ -214,28 +203,15 @@ def test_site_rules_colour_and_class_rules_texture(phantoms, scans):
 
 
 @pytest.mark.slow
-def test_scan_depends_on_seed_and_index_only(phantoms, tmp_path):
+def test_another_seed_gives_another_scan(phantoms, tmp_path):
     folder, _ = phantoms
-    write_phantom_archive(tmp_path / "same", n_scans=2)
-    ours, theirs = hashes(tmp_path / "same"), hashes(folder)
-    kept = [name for name in ours if "phantom_00" in name]
-    assert len(kept) == 6
-    assert {k: ours[k] for k in kept} == {k: theirs[k] for k in kept}
-    other = write_phantom_archive(tmp_path / "other", n_scans=1, seed=1)
-    assert list(other.slide) == ["phantom_000"]
-    fresh = hashes(tmp_path / "other")
-    assert all(fresh[k] != theirs[k] for k in fresh if "phantom_000" in k)
+    write_phantom_archive(tmp_path, n_scans=1, seed=1)
+    ours, theirs = hashes(tmp_path), hashes(folder)
+    made = [name for name in ours if "phantom_000" in name]
+    assert len(made) == 3 and all(ours[name] != theirs[name] for name in made)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_longest_nuclei_fit_the_canvas(seed):
-    """Scan 13 has the longest nuclei on the finest pixels."""
-    scan = plan_scan(13)
-    texture = phantom._draw(scan, 13, seed)[1]
-    assert texture.nuclei[:, 2].max() * 1.15 + 0.8 < phantom.MARGIN * scan.mpp
-
-
-@pytest.mark.parametrize("nth", [1, 4, 8, 10])
+@pytest.mark.parametrize("nth", [1, 4, 10])
 def test_interrupted_run_resumes(tiny, tmp_path, monkeypatch, nth):
     """Stop at the nth rename (note, then 3 files a scan): same files in the end."""
     write_phantom_archive(tmp_path / "calm", n_scans=4)
@@ -259,7 +235,7 @@ def test_interrupted_run_resumes(tiny, tmp_path, monkeypatch, nth):
     times = {n: (tmp_path / "stopped" / n).stat().st_mtime_ns for n in half}
     write_phantom_archive(tmp_path / "stopped", n_scans=4)
     assert hashes(tmp_path / "stopped") == calm
-    done = [n for n in times if n.replace("images", "").endswith(".tif")]
+    done = [name for name in times if name.endswith(".tif")]
     assert all((tmp_path / "stopped" / n).stat().st_mtime_ns == times[n] for n in done)
 
 
@@ -307,23 +283,17 @@ def test_other_archive_is_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match="'n_scans': 5"):
         write_phantom_archive(tmp_path, n_scans=5, seed=3)
     assert hashes(tmp_path) == before
-
-
-def test_strange_folder_is_refused(tiny, tmp_path):
-    (tmp_path / "slides.csv").write_text("mine")
-    with pytest.raises(ValueError, match=r"slides\.csv without phantom\.json"):
-        write_phantom_archive(tmp_path)
     (tmp_path / "phantom.json").write_text("{")
     with pytest.raises(ValueError, match="unreadable"):
-        write_phantom_archive(tmp_path)
-    assert (tmp_path / "slides.csv").read_text() == "mine"
+        write_phantom_archive(tmp_path, n_scans=2, seed=3)
+    (tmp_path / "phantom.json").unlink()
+    with pytest.raises(ValueError, match=r"slides\.csv without phantom\.json"):
+        write_phantom_archive(tmp_path, n_scans=2, seed=3)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"n_scans": 0}, {"n_scans": 2.5}, {"seed": -1}, {"seed": 0.5}]
-)
-def test_numbers_out_of_range(tmp_path, wrong):
-    name, value = next(iter(wrong.items()))
-    with pytest.raises(ValueError, match=f"{name}={value}: pass a whole number"):
-        write_phantom_archive(tmp_path / "none", **wrong)
+def test_numbers_out_of_range(tmp_path):
+    for wrong in ({"n_scans": 0}, {"n_scans": 2.5}, {"seed": -1}, {"seed": 0.5}):
+        name, value = next(iter(wrong.items()))
+        with pytest.raises(ValueError, match=f"{name}={value}: pass a whole number"):
+            write_phantom_archive(tmp_path / "none", **wrong)
     assert not (tmp_path / "none").exists()

@@ -160,13 +160,6 @@ def test_order_of_patches_and_empty_patch():
     assert shares == sorted(shares)
 
 
-def test_half_resolution_agrees():
-    image, disc = disc_scene(size=400, radius=60)
-    half = image.reshape(200, 2, 200, 2, 3).mean((1, 3)).round().astype(np.uint8)
-    assert cellularity(half, 0.5) == pytest.approx(cellularity(image), rel=0.03)
-    assert cellularity(image) == pytest.approx(disc.mean(), rel=0.06)
-
-
 @pytest.mark.parametrize(
     "call",
     [
