@@ -1,8 +1,8 @@
 """The atlas: one HTML page on which to look at what retrieval found.
 
-A score says how often the nearest neighbour is right; only looking says what was taken
-for what. The page holds its pictures, data and script, so it opens from a disk, asks
-the network for nothing, and can be sent to a pathologist as one file.
+A score says how often the nearest neighbour is right; only looking says what was
+confused with what. The page holds its pictures, data and script: it opens from a disk,
+needs no network, and can be sent to a pathologist as one file.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from histo_utils import provenance
-from histo_utils.colours import colour_of
 from histo_utils.embeddings import Embeddings
 from histo_utils.patches import ASSIGNMENTS, REQUIRED, check_patches, read_patch
+from histo_utils.plots import colour_of
 from histo_utils.protocols import leave_one_out
 
 LIMIT = 10_000_000  # bytes of a page: what still goes by mail
@@ -43,26 +43,22 @@ def atlas(
     Parameters
     ----------
     embeddings : Embeddings or dict of str to Embeddings
-        One encoder, or several by name, of the **same** patch table, which needs a
-        ``label``; ``preparation`` is shown where it is there.
+        One encoder, or several by name, of the **same** patch table with a ``label``.
     path : str or pathlib.Path
         Of the page; its folder is made if missing.
     k : int
         Neighbours shown.
     queries : sequence of int, optional
-        Rows of the table that can be picked. If not given, an even sample over labels
-        and slides (`even_sample`) of 200 or as many as fit into `LIMIT`.
+        Rows of the table that can be picked; default: an even sample (`even_sample`) of
+        200, or as many as fit into `LIMIT`.
     exclude : {"self", "touching", "slide", "patient"}
         What a query may not find.
     spaces : dict, optional
-        Encoder to options of `protocols.leave_one_out` (``metric``, ``standardised``,
-        ``index``, ``rerank``); cosine distance where an encoder is not named.
+        Encoder to options of `protocols.leave_one_out`; default: cosine distance.
     thumbnail : int
         Side of a neighbour's picture in px; a query's is 2.5 times as large.
     title, note : str
         Heading of the page, and a line under it.
-    progress : bool
-        Show a progress bar while patches are read.
 
     Returns
     -------
@@ -76,64 +72,51 @@ def atlas(
         large at the lowest quality; and as `protocols.leave_one_out` does. An old page
         at ``path`` is kept then.
     """
-    path = Path(path)
-    encoders = (
-        {"embeddings": embeddings}
-        if isinstance(embeddings, Embeddings)
-        else dict(embeddings)
-    )
-    spaces = spaces or {}
-    table = _shared_table(encoders)
-    _check(encoders, path, spaces, thumbnail)
-    given = queries is not None
-    rows = _checked_rows(queries, table) if given else even_sample(table, QUERIES)
-    searches = {}
-    for name, space in encoders.items():
-        options = spaces.get(name, {"metric": "cosine"})
-        searches[name] = leave_one_out(space, k, exclude, **options), _words(options)
-    kept = {"k": int(k), "exclude": exclude, "thumbnail": int(thumbnail)}
-    pixels = {}
-    while True:
-        data = _contents(table, np.sort(rows), searches) | kept
-        _read(table, data, thumbnail, pixels, progress)
+    path, spaces = Path(path), spaces or {}
+    if isinstance(embeddings, Embeddings):
+        embeddings = {"embeddings": embeddings}
+    table = _shared_table(embeddings)
+    rows = even_sample(table, QUERIES) if queries is None else np.unique(queries)
+    _check(table, embeddings, path, spaces, thumbnail, rows)
+    options = {name: spaces.get(name, {"metric": "cosine"}) for name in embeddings}
+    outcomes = {
+        name: leave_one_out(space, k, exclude, **options[name])
+        for name, space in embeddings.items()
+    }
+    shown = {"k": int(k), "exclude": exclude, "thumbnail": int(thumbnail)}
+    pixels, page, text = {}, None, {"title": title, "note": note}
+    while page is None:
+        data = _contents(table, np.sort(rows), outcomes, options) | shown
+        for row in tqdm(
+            data["patches"], desc="atlas", unit="patch", ascii=True,
+            disable=not progress,
+        ):  # fmt: skip
+            image = pixels.get(row) or Image.fromarray(read_patch(table.iloc[row]))
+            side = int(thumbnail * (LARGE if row in data["queries"] else 1))
+            side = min(image.width, side)
+            pixels[row] = image.resize((side, side), Image.Resampling.LANCZOS)
         for quality in QUALITIES:
             pictures = {row: _data_uri(pixels[row], quality) for row in data["patches"]}
-            page = _page(data, pictures, quality, title, note).encode()
-            if len(page) <= LIMIT:
+            made = _page(data, pictures, quality, text).encode()
+            if len(made) <= LIMIT:
+                page = made
                 break
         else:
-            if given or len(rows) == 1:
+            if queries is not None or len(rows) == 1:
                 raise ValueError(
                     f"{len(rows)} queries with {len(pictures)} pictures make a page of "
-                    f"{len(page) / 1e6:.1f} MB at the lowest quality "
+                    f"{len(made) / 1e6:.1f} MB at the lowest quality "
                     f"({QUALITIES[-1]}); expected at most {LIMIT / 1e6:.1f} MB: give "
                     "fewer queries=, a smaller k= or a smaller thumbnail="
                 )
             rows = rows[: len(rows) // 2]  # an even sample stays one when cut
-            continue
-        break
     with provenance.new_file(path) as part:
         part.write_bytes(page)
     return path
 
 
-def even_sample(table, n):
-    """Choose rows so that labels, and slides within a label, get equal shares.
-
-    The first rows of a sample are an even sample, too. Within a slide the order is
-    drawn, since the first patches of a grid lie side by side.
-
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        With ``label`` and ``slide``.
-    n : int
-        Fewer where the table has fewer.
-
-    Returns
-    -------
-    numpy.ndarray
-        Row positions.
+def even_sample(table, n) -> np.ndarray:
+    """Positions of n rows, equal shares of labels and of slides in them; also if cut.
 
     Examples
     --------
@@ -141,12 +124,13 @@ def even_sample(table, n):
     >>> sorted(slides["slide"][even_sample(slides, 3)])
     ['x', 'y', 'z']
     """
+    # in random order within a slide, since the first patches of a grid lie side by side
     order = np.random.default_rng(0).permutation(len(table))
-    drawn = table[["label", "slide"]].reset_index(drop=True).iloc[order]
+    sample = table[["label", "slide"]].reset_index(drop=True).iloc[order]
     for unit in (["label", "slide"], ["label"]):
-        turn = drawn.groupby(unit, sort=False).cumcount()
-        drawn = drawn.iloc[np.argsort(turn.to_numpy(), kind="stable")]
-    return drawn.index.to_numpy()[:n]
+        turn = sample.groupby(unit, sort=False).cumcount()
+        sample = sample.iloc[np.argsort(turn.to_numpy(), kind="stable")]
+    return sample.index.to_numpy()[:n]
 
 
 def _shared_table(encoders):
@@ -154,30 +138,24 @@ def _shared_table(encoders):
     if not encoders:
         raise ValueError("no embeddings were given; expected at least one encoder's")
     (first, space), *others = encoders.items()
-    table = space.table
+    table, columns = space.table, [*REQUIRED, *SHOWN]
     for name, other in others:
         if len(other.table) != len(table):
             raise ValueError(
                 f"{name!r} has {len(other.table)} patches, {first!r} has {len(table)}; "
                 "one atlas shows one patch table: embed the same rows with both"
             )
-        for column in (*REQUIRED, *SHOWN):
-            if (column in table) != (column in other.table):
-                raise ValueError(
-                    f"only one of {first!r} and {name!r} has a column {column!r}; "
-                    "embed the same patch table with both"
-                )
-            if column not in table:
-                continue
-            a, b = (_objects(t[column]) for t in (table, other.table))
-            differs = ~((a == b) | (a.isna() & b.isna())).to_numpy(bool)
-            if differs.any():
-                row = int(differs.argmax())
-                raise ValueError(
-                    f"row {row} has {column} {a[row]!r} in {first!r} and {b[row]!r} in "
-                    f"{name!r}; one atlas shows one patch table: embed the same rows "
-                    "in the same order with both"
-                )
+        a, b = (t.reindex(columns=columns).astype(object).reset_index(drop=True)
+                for t in (table, other.table))  # fmt: skip
+        a, b = (t.where(t.notna(), None) for t in (a, b))
+        differs = ((a != b) & ~(a.isna() & b.isna())).to_numpy(bool)
+        if differs.any():
+            row, column = np.argwhere(differs)[0]
+            raise ValueError(
+                f"row {row} has {columns[column]} {a.iloc[row, column]!r} in {first!r} "
+                f"and {b.iloc[row, column]!r} in {name!r}; one atlas shows one patch "
+                "table: embed the same rows in the same order with both"
+            )
     # A patient in two splits matters to a score, not to looking.
     check_patches(table.drop(columns=[c for c in ASSIGNMENTS if c in table]))
     if "label" not in table or table["label"].isna().any():
@@ -188,11 +166,7 @@ def _shared_table(encoders):
     return table
 
 
-def _objects(values):
-    return values.astype(object).where(values.notna(), None)
-
-
-def _check(encoders, path, spaces, thumbnail):
+def _check(table, encoders, path, spaces, thumbnail, rows):
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the name of an HTML file in it")
     unknown = [name for name in spaces if name not in encoders]
@@ -203,11 +177,7 @@ def _check(encoders, path, spaces, thumbnail):
         )
     if thumbnail < 16:
         raise ValueError(f"thumbnail={thumbnail}; expected 16 px or more")
-
-
-def _checked_rows(queries, table):
-    rows = np.asarray(queries)
-    if rows.ndim != 1 or not len(rows) or not np.issubdtype(rows.dtype, np.integer):
+    if not len(rows) or not np.issubdtype(rows.dtype, np.integer):
         raise ValueError(
             f"queries are {rows.dtype} of shape {rows.shape}; expected a list of row "
             "positions, at least one"
@@ -218,7 +188,6 @@ def _checked_rows(queries, table):
             f"query {outside[0]} is outside 0 … {len(table) - 1}; give row positions "
             "of the patch table"
         )
-    return np.unique(rows)
 
 
 def _words(options):
@@ -229,55 +198,37 @@ def _words(options):
     return f"{words} distance" + (", standardised" * bool(options.get("standardised")))
 
 
-def _contents(table, rows, searches):
+def _contents(table, rows, outcomes, options):
     """Everything on the page but the pictures, as JSON takes it."""
     found = []
-    for name, (outcomes, distance) in searches.items():
-        part = outcomes.iloc[rows]
+    for name, part in outcomes.items():
+        part = part.iloc[rows]
         wrong = (part["label"] != part["predicted"]).to_numpy(bool)
-        found.append(
-            {
-                "name": str(name),
-                "distance": distance,
-                "hits": np.stack(part["neighbours"]).tolist(),
-                "distances": np.stack(part["distances"]).tolist(),
-                "failures": rows[wrong].tolist(),
-            }
-        )
+        found.append({
+            "name": str(name), "distance": _words(options[name]),
+            "hits": np.stack(part["neighbours"]).tolist(),
+            "distances": np.stack(part["distances"]).tolist(),
+            "errors": rows[wrong].tolist(),
+        })  # fmt: skip
     shown = sorted({*rows.tolist()}.union(*(h for e in found for h in e["hits"])))
     labels = sorted(table["label"].unique(), key=str)
-    code = {label: i for i, label in enumerate(labels)}
     patches = {}
     for row in shown:
         patch = table.iloc[row]
         side = patch["size"] * patch["mpp"]
         patches[row] = {
-            "label": code[patch["label"]],
-            "slide": str(patch["slide"]),
-            "patient": str(patch["patient"]),
+            "label": labels.index(patch["label"]),
+            "slide": str(patch["slide"]), "patient": str(patch["patient"]),
             "um": None if pd.isna(side) else round(float(side), 2),
-        }
+        }  # fmt: skip
         if "preparation" in table:
-            known = not pd.isna(patch["preparation"])
-            patches[row]["preparation"] = str(patch["preparation"]) if known else None
+            how = patch["preparation"]
+            patches[row]["preparation"] = None if pd.isna(how) else str(how)
     return {
         "archive": {"patches": len(table), "patients": table["patient"].nunique()},
         "labels": [{"name": str(n), "colour": colour_of(n)} for n in labels],
-        "queries": rows.tolist(),
-        "encoders": found,
-        "patches": patches,
-    }
-
-
-def _read(table, data, thumbnail, pixels, progress):
-    """Bring each patch into ``pixels`` at its size on the page; read none twice."""
-    large = {*data["queries"]}
-    for row in tqdm(
-        data["patches"], desc="atlas", unit="patch", ascii=True, disable=not progress
-    ):
-        image = pixels.get(row) or Image.fromarray(read_patch(table.iloc[row]))
-        side = min(image.width, int(thumbnail * (LARGE if row in large else 1)))
-        pixels[row] = image.resize((side, side), Image.Resampling.LANCZOS)
+        "queries": rows.tolist(), "encoders": found, "patches": patches,
+    }  # fmt: skip
 
 
 def _data_uri(image, quality):
@@ -286,22 +237,14 @@ def _data_uri(image, quality):
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _page(data, pictures, quality, title, note):
+def _page(data, pictures, quality, text):
     """Fill the template; whatever the caller wrote is text there, never markup."""
-    patches = {
-        row: patch | {"image": pictures[row]} for row, patch in data["patches"].items()
-    }
-    contents = json.dumps(
-        data | {"patches": patches, "quality": quality},
-        allow_nan=False,
-        separators=(",", ":"),
-    )
-    parts = {
-        "title": html.escape(title),
-        "note": html.escape(note),
-        # In a script element only "<" could end it or open a comment.
-        "data": contents.replace("<", "\\u003c"),
-    }
+    patches = {row: p | {"image": pictures[row]} for row, p in data["patches"].items()}
+    data = data | {"patches": patches, "quality": quality}
+    contents = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    # In a script element only "<" could end it or open a comment.
+    parts = {"data": contents.replace("<", "\\u003c")}
+    parts |= {name: html.escape(words) for name, words in text.items()}
     template = resources.files("histo_utils").joinpath("atlas.html").read_text("utf8")
     for tag in ("style", "script"):
         # The page's policy lets run what has these hashes, and nothing else.

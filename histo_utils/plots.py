@@ -1,10 +1,13 @@
-"""Pictures: tissue with a scale bar, contact sheets, patches on a slide.
+"""Figures: tissue with a scale bar, contact sheets, patches on a slide, scores.
 
-One class has one colour through the whole book (`colour_of`), chosen to be told apart
-with colour-blind eyes and on a light and a dark page.
+One class has one colour through the whole book (`colour_of`), readable with
+colour-blind eyes and on a light and a dark page. Images are uint8 (h, w, 3), ``mpp`` is
+µm per pixel of what is shown; without it there is no scale bar.
 """
 
 from __future__ import annotations
+
+import zlib
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,13 +16,39 @@ from matplotlib.collections import PatchCollection
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
-from scipy.spatial.distance import cdist
 
-from histo_utils.atlas import atlas as atlas  # also asked for as plots.atlas
-from histo_utils.colours import PALETTE, colour_of
-
+# Paul Tol's muted set, and two greys-with-hue for what it lacks.
+PALETTE = (
+    "#332288", "#CC6677", "#117733", "#DDCC77", "#88CCEE",
+    "#882255", "#44AA99", "#999933", "#AA4499", "#6F6F6F",
+)  # fmt: skip
+CLASSES = (
+    ("bladder", "brain", "breast", "colon", "kidney", "liver", "lung", "prostate",
+     "stomach"),
+    ("fibrous", "glandular", "lymphoid", "papillary"),
+    ("lung_aca", "lung_n", "lung_scc"),
+    ("FFPE", "frozen"),
+    ("train", "validation", "test"),
+)  # fmt: skip
 MARKERS = "osD^vP<>X*"
 LENGTHS = (5, 10, 20, 25, 50, 100, 200, 250, 500, 1000, 2000, 5000, 10_000)  # µm
+
+
+def colour_of(label) -> str:
+    """Colour of a class, the same in every chapter.
+
+    Names that the book does not know get one by their spelling, so that it does not
+    depend on what else is in the figure.
+
+    Examples
+    --------
+    >>> colour_of("breast") == colour_of("breast") != colour_of("colon")
+    True
+    """
+    for names in CLASSES:
+        if label in names:
+            return PALETTE[names.index(label)]
+    return PALETTE[zlib.crc32(str(label).encode()) % len(PALETTE)]
 
 
 def style():
@@ -39,7 +68,7 @@ def style():
 
 
 def show_tissue(ax, image, mpp=None, title=None):
-    """Show an image (h, w, 3) without ticks; with a scale bar if ``mpp`` is known."""
+    """Show an image without ticks, with a scale bar."""
     ax.imshow(image, interpolation="nearest" if image.shape[0] < 100 else "antialiased")
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
@@ -51,23 +80,7 @@ def show_tissue(ax, image, mpp=None, title=None):
 
 
 def show_heat(ax, image, heat, mpp=None, title=None):
-    """Show an image with a heat map over it, the hotter the more opaque.
-
-    Parameters
-    ----------
-    ax : matplotlib.axes.Axes
-    image : (h, w, 3) uint8 array
-    heat : (u, v) array, 0–1
-        Stretched over the image, such as one of `networks.gradcam.grad_cam`.
-    mpp : float, optional
-        µm per pixel of the image, for a scale bar.
-    title : str, optional
-
-    Raises
-    ------
-    ValueError
-        A heat map that is not (u, v), or holds values outside 0–1.
-    """
+    """Show an image under a heat map (u, v) of 0–1, the hotter the more opaque."""
     heat = np.asarray(heat, float)
     if heat.ndim != 2 or not ((heat >= 0) & (heat <= 1)).all():
         raise ValueError(
@@ -84,10 +97,7 @@ def show_heat(ax, image, heat, mpp=None, title=None):
 
 
 def scale_bar(ax, width, mpp):
-    """Draw a scale bar on an image ``width`` px wide at ``mpp`` µm per pixel.
-
-    Its length is the longest round number below a third of the width.
-    """
+    """Add a scale bar, the longest round length below a third of ``width`` px."""
     fitting = [um for um in LENGTHS if um <= width * mpp / 3] or [LENGTHS[0]]
     um = fitting[-1]
     text = f"{um} µm" if um < 1000 else f"{um // 1000} mm"
@@ -101,83 +111,71 @@ def scale_bar(ax, width, mpp):
 
 
 def contact_sheet(images, mpp=None, titles=None, colours=None, columns=8, inch=1.15):
-    """Show images of one size in rows.
+    """Show images of one size in rows, each ``inch`` wide; one scale bar holds for all.
 
-    Parameters
-    ----------
-    images : sequence of numpy.ndarray
-        uint8 (h, w, 3).
-    mpp : float, optional
-        µm per pixel; the first image gets the scale bar, which holds for all.
-    titles, colours : sequence of str, optional
-        Text above each image, and the colour of its frame.
-    columns : int
-    inch : float
-        Width of one image.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
+    ``titles`` and ``colours`` (of the frames) are one per image.
     """
-    titles = None if titles is None else list(titles)
-    colours = None if colours is None else list(colours)
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    height = inch * (1.0 + (0.2 if titles is not None else 0))
+    height = inch * (1.0 if titles is None else 1.2)
     figure, axes = plt.subplots(
         rows, columns, figsize=(columns * inch, rows * height), squeeze=False
     )
-    for i, ax in enumerate(axes.flat):
-        if i >= len(images):
-            ax.set_axis_off()
-            continue
-        show_tissue(ax, images[i], mpp if i == 0 else None)
-        if titles is not None:
-            ax.set_title(titles[i], fontsize=7, pad=2)
-        if colours is not None:
-            ax.spines[:].set(visible=True, color=colours[i], linewidth=2.5)
+    for ax in axes.flat[len(images) :]:
+        ax.set_axis_off()
+    for i, (ax, image) in enumerate(zip(axes.flat, images, strict=False)):
+        show_tissue(ax, image, None if i else mpp)
+    for ax, title in zip(axes.flat, () if titles is None else titles, strict=False):
+        ax.set_title(title, fontsize=7, pad=2)
+    for ax, colour in zip(axes.flat, () if colours is None else colours, strict=False):
+        ax.spines[:].set(visible=True, color=colour, linewidth=2.5)
+    return figure
+
+
+def retrieval_atlas(searches, names, mpp=None, inch=1.2):
+    """Show queries and their neighbours, one named row per search.
+
+    Each search lists (image, title, colour of the frame), the query first; images are
+    ``inch`` wide, and the first one's scale bar holds for all.
+    """
+    wide = max(len(search) for search in searches)
+    figure, axes = plt.subplots(
+        len(searches), wide + 1, squeeze=False,
+        figsize=((wide + 0.2) * inch, len(searches) * inch * 1.32),
+        width_ratios=[1, 0.15] + [1] * (wide - 1),
+    )  # fmt: skip
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for line, search, name in zip(axes, searches, names, strict=True):
+        places = [line[0], *line[2:]]
+        for ax, (image, title, colour) in zip(places, search, strict=False):
+            ax.set_axis_on()
+            show_tissue(ax, image, mpp if ax is axes[0, 0] else None)
+            ax.set_title(title, fontsize=6.5, pad=2)
+            ax.spines[:].set(visible=True, color=colour, linewidth=2.5)
+        line[0].set_ylabel(name, fontsize=7)
     return figure
 
 
 def outline_patches(ax, patches, slide, mpp, colours="black", fill=0.0, line=1.0):
-    """Draw patches as squares on a thumbnail of their slide.
+    """Outline patches on ``slide.thumbnail(mpp)``; ``colours``: one, or one per patch.
 
-    Parameters
-    ----------
-    ax : matplotlib.axes.Axes
-        Showing ``slide.thumbnail(mpp)``.
-    patches : pandas.DataFrame
-        ``x``, ``y`` (level-0 pixels), ``size``, ``mpp``.
-    slide : histo_utils.slides.Slide
-    mpp : float
-        µm per pixel of the thumbnail.
-    colours : str or sequence of str
-        One colour, or one a patch.
-    fill : float
-        Opacity of the inside, 0–1.
-    line : float
-        Width of the outline in points.
+    ``fill`` is the opacity of the inside, 0–1; ``line`` the outline's width in points.
     """
     scale = slide.mpp / mpp
     squares = [
-        Rectangle(
-            (r.x * scale, r.y * scale), r.size * r.mpp / mpp, r.size * r.mpp / mpp
-        )
+        Rectangle((r.x * scale, r.y * scale), *[r.size * r.mpp / mpp] * 2)
         for r in patches.itertuples(index=False)
     ]
     if fill:
-        faces = PatchCollection(
-            squares, facecolor=colours, alpha=fill, edgecolor="none"
-        )
-        ax.add_collection(faces)
-    edges = PatchCollection(
-        squares, facecolor="none", edgecolor=colours, linewidth=line
-    )
-    ax.add_collection(edges)
+        faces = {"facecolor": colours, "alpha": fill, "edgecolor": "none"}
+        ax.add_collection(PatchCollection(squares, **faces))
+    edges = {"facecolor": "none", "edgecolor": colours, "linewidth": line}
+    ax.add_collection(PatchCollection(squares, **edges))
 
 
 def mask_outline(ax, mask, width, height, colour="black", line=1.2):
-    """Draw the border of a bool mask over an image of ``width`` × ``height`` px."""
+    """Outline a bool mask on an image of ``width`` × ``height`` px."""
     rows, columns = mask.shape
     ax.contour(
         (np.arange(columns) + 0.5) * width / columns - 0.5,
@@ -186,23 +184,16 @@ def mask_outline(ax, mask, width, height, colour="black", line=1.2):
     )  # fmt: skip
 
 
-def intervals(ax, scores, chance=None, colour=PALETTE[0]):
-    """Draw scores as dots with their intervals, the first on top.
+def intervals(ax, scores, chance=None, colour=PALETTE[0], missing="not run"):
+    """Show scores as dots with intervals, the first on top; chance as a dashed line.
 
-    Parameters
-    ----------
-    ax : matplotlib.axes.Axes
-    scores : dict
-        Name to ``{"score", "low", "high"}`` (`bench.scored`), or to None where a
-        system was not run; its line stays empty and says so.
-    chance : float, optional
-        Drawn as a dashed line.
-    colour : str
+    ``scores``: name to ``{"score", "low", "high"}``, or to None, which reads
+    ``missing``.
     """
     for place, found in enumerate(scores.values()):
         if found is None:
             ax.text(
-                0.02, place, "not run", va="center", fontsize=8, color="0.45",
+                0.02, place, missing, va="center", fontsize=8, color="0.45",
                 bbox={"facecolor": ax.get_facecolor(), "edgecolor": "none", "pad": 1},
             )  # fmt: skip
             continue
@@ -216,24 +207,10 @@ def intervals(ax, scores, chance=None, colour=PALETTE[0]):
     ax.set_axisbelow(True)
 
 
-def forest(panels, chances, columns=3, inch=0.21):
-    """Draw a panel of `intervals` for each task, systems from top to bottom.
+def forest(panels, chances, columns=3, inch=0.21, missing="not run"):
+    """Show one panel of `intervals` per task: title to scores, title to chance.
 
-    Parameters
-    ----------
-    panels : dict
-        Title to ``{system: {"score", "low", "high"} or None}``; the same systems in
-        every panel.
-    chances : dict
-        Title to what chance scores there.
-    columns : int
-        Panels side by side.
-    inch : float
-        Height of one system's line.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
+    All panels have the same systems, each on a line of ``inch``.
     """
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
@@ -245,132 +222,46 @@ def forest(panels, chances, columns=3, inch=0.21):
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
     for ax, (title, scores) in zip(axes.flat, panels.items(), strict=False):
-        intervals(ax, scores, chances[title])
+        intervals(ax, scores, chances[title], missing=missing)
         ax.set_title(title)
     for ax in axes[-1]:
         ax.set_xlabel("P@1")
     return figure
 
 
-def confusion(ax, outcomes):
-    """Show what the queries of each label were answered with; rows sum to 100 %.
-
-    Parameters
-    ----------
-    ax : matplotlib.axes.Axes
-    outcomes : pandas.DataFrame
-        ``label``, ``predicted``, ``patient``.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Counts, rows the truth.
-    """
+def confusion(ax, outcomes) -> pd.DataFrame:
+    """Show the confusion matrix of outcomes, rows in percent; return its counts."""
     import seaborn  # here, since it takes a second and other chapters need none of it
 
-    label, patient = outcomes["label"], outcomes["patient"]
-    names = sorted({*label, *outcomes["predicted"]})
-    counts = pd.crosstab(label, outcomes["predicted"])
-    counts = counts.reindex(index=sorted(set(label)), columns=names, fill_value=0)
-    patients = patient.groupby(label).nunique()
+    names = sorted({*outcomes["label"], *outcomes["predicted"]})
+    counts = pd.crosstab(outcomes["label"], outcomes["predicted"])
+    counts = counts.reindex(columns=names, fill_value=0)
+    patients = outcomes.groupby("label")["patient"].nunique()
     sizes = counts.sum(axis=1)
     seaborn.heatmap(
         100 * counts.div(sizes, axis=0), ax=ax, annot=True, fmt=".0f", cmap="Blues",
         vmin=0, vmax=100, linewidths=0.5, square=True, annot_kws={"size": 8},
         cbar_kws={"label": "% of the label's queries", "shrink": 0.7},
     )  # fmt: skip
-    ax.set(xlabel="label of the nearest neighbour", ylabel="label of the query")
-    lines = [f"{name} ({sizes[name]} of {patients[name]})" for name in counts.index]
+    ax.set(xlabel="predicted label (nearest neighbour)", ylabel="label of the query")
+    lines = [f"{name} ({sizes[name]}, {patients[name]})" for name in counts.index]
     ax.set_yticks(np.arange(len(lines)) + 0.5, lines, rotation=0)
     ax.tick_params(axis="x", rotation=40)
     return counts
 
 
 def scatter_by(ax, points, values):
-    """Draw points (n, 2), one colour and one marker a value, with a legend.
-
-    Axes have no ticks: in a UMAP neither place nor distance has a unit.
-    """
+    """Show points (n, 2) of a map, one colour and marker per value, without ticks."""
     values = np.asarray(values).astype(str)
     for i, name in enumerate(np.unique(values)):
         x, y = np.asarray(points)[values == name].T
-        marker = MARKERS[i % len(MARKERS)]
-        colour = colour_of(name)
         ax.scatter(
-            x, y, s=14, marker=marker, color=colour, label=name, alpha=0.75, lw=0
-        )
+            x, y, s=14, marker=MARKERS[i % len(MARKERS)], color=colour_of(name),
+            label=name, alpha=0.75, lw=0,
+        )  # fmt: skip
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
     ax.legend(
         loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, fontsize=8,
         markerscale=1.4, handletextpad=0.1, columnspacing=1,
     )  # fmt: skip
-
-
-def neighbours_kept(vectors, points, k=10, metric="euclidean"):
-    """Share of each vector's k nearest others that are k nearest on a map, too; (n,).
-
-    Parameters
-    ----------
-    vectors : (n, d) array
-        What was mapped, compared by ``metric`` ("euclidean" or "cosine").
-    points : (n, 2) array
-        The map, compared by Euclidean distance. All pairs are held at once: for some
-        thousands of points.
-
-    Raises
-    ------
-    ValueError
-        k beyond the other points.
-    """
-    if not 1 <= k < len(vectors):
-        raise ValueError(f"k={k} for {len(vectors)} points; expected 1 to n - 1")
-    near = np.zeros((2, len(vectors), len(vectors)), bool)
-    for found, space, how in zip(
-        near, (vectors, points), (metric, "euclidean"), strict=True
-    ):
-        far = cdist(space, space, how)
-        np.fill_diagonal(far, np.inf)
-        order = np.argsort(far, axis=1, kind="stable")[:, :k]
-        np.put_along_axis(found, order, True, axis=1)
-    return near.all(axis=0).sum(axis=1) / k
-
-
-def retrieval_atlas(searches, names, mpp=None, inch=1.2):
-    """Show queries with what was found for them, a row a search.
-
-    Parameters
-    ----------
-    searches : sequence of sequences of (image, title, colour)
-        The query first, then its neighbours, nearest first. Images are uint8
-        (h, w, 3); the colour is that of the frame.
-    names : sequence of str
-        Said at the left of each row.
-    mpp : float, optional
-        µm per pixel; the very first image gets the scale bar, which holds for all.
-    inch : float
-        Width of one image.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-    """
-    wide = max(len(search) for search in searches)
-    figure, axes = plt.subplots(
-        len(searches), wide + 1, squeeze=False,
-        figsize=((wide + 0.2) * inch, len(searches) * inch * 1.32),
-        width_ratios=[1, 0.15] + [1] * (wide - 1),
-    )  # fmt: skip
-    for ax in axes.flat:
-        ax.set_axis_off()
-    bar = mpp
-    for line, search, name in zip(axes, searches, names, strict=True):
-        places = [line[0], *line[2:]]
-        for ax, (image, title, colour) in zip(places, search, strict=False):
-            ax.set_axis_on()
-            show_tissue(ax, image, bar)
-            ax.set_title(title, fontsize=6.5, pad=2)
-            ax.spines[:].set(visible=True, color=colour, linewidth=2.5)
-            bar = None
-        line[0].set_ylabel(name, fontsize=7)
-    return figure

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 import histo_utils.atlas as module
-from histo_utils import plots
 from histo_utils.atlas import atlas, even_sample
 from histo_utils.embeddings import Embeddings
+from histo_utils.plots import colour_of
 from histo_utils.protocols import leave_one_out
 
 SPACES = {"two": {"metric": "euclidean", "standardised": True}}
@@ -64,7 +64,7 @@ def picture(patch):
 
 
 def test_page_holds_what_the_search_found(pair, tmp_path):
-    page = plots.atlas(
+    page = atlas(
         pair, tmp_path / "new/atlas.html", k=5, spaces=SPACES, thumbnail=16,
         progress=False,
     )  # fmt: skip
@@ -80,7 +80,7 @@ def test_page_holds_what_the_search_found(pair, tmp_path):
         outcomes = leave_one_out(pair[found["name"]], 5, "patient", **options)
         assert found["hits"] == np.stack(outcomes["neighbours"]).tolist()
         assert found["distances"] == np.stack(outcomes["distances"]).tolist()
-        assert found["failures"] == [
+        assert found["errors"] == [
             i
             for i, near in enumerate(outcomes["neighbours"])
             if table["label"][near[0]] != table["label"][i]
@@ -88,7 +88,7 @@ def test_page_holds_what_the_search_found(pair, tmp_path):
     for row, patch in data["patches"].items():
         line = table.iloc[int(row)]
         assert data["labels"][patch["label"]] == {
-            "name": line["label"], "colour": plots.colour_of(line["label"]),
+            "name": line["label"], "colour": colour_of(line["label"]),
         }  # fmt: skip
         assert (patch["slide"], patch["patient"]) == (line["slide"], line["patient"])
         assert patch["preparation"] == ("FFPE" if int(row) < 27 else None)
@@ -97,7 +97,7 @@ def test_page_holds_what_the_search_found(pair, tmp_path):
     assert not list(page.parent.glob("*.part"))
 
 
-def test_failures_by_hand(pair, tmp_path):
+def test_errors_by_hand(pair, tmp_path):
     """Four patches on a line; each one's nearest of another patient is known."""
     table = pair["one"].table.iloc[[0, 9, 27, 36]].reset_index(drop=True)
     assert table["label"].tolist() == ["lung", "breast", "lung", "breast"]
@@ -108,12 +108,12 @@ def test_failures_by_hand(pair, tmp_path):
     (found,) = contents(page)["encoders"]
     assert found["hits"] == [[1, 2], [0, 2], [3, 1], [2, 1]]
     assert found["distances"] == [[1, 10], [1, 9], [3, 9], [3, 12]]
-    assert found["failures"] == [0, 1, 2, 3]
-    # Swapping two labels makes each pair one label, the failures vanish.
+    assert found["errors"] == [0, 1, 2, 3]
+    # Swapping two labels makes each pair one label, the errors vanish.
     mended = table.assign(label=["lung", "lung", "breast", "breast"])
     along = Embeddings(along.vectors, mended)
     page = atlas(along, tmp_path / "a.html", k=2, spaces=space, progress=False)
-    assert contents(page)["encoders"][0]["failures"] == []
+    assert contents(page)["encoders"][0]["errors"] == []
 
 
 def test_only_what_is_shown_is_on_the_page_at_its_size(pair, tmp_path):
@@ -234,7 +234,7 @@ def test_what_does_not_fit_together_is_refused(pair, tmp_path):
     refused("row 9 has label 'breast' in 'one'", beside(relabelled))
     prepared = table.assign(preparation=table["preparation"].fillna("frozen"))
     refused("row 27 has preparation None in 'one'", beside(prepared))
-    refused("a column 'label'", beside(table.drop(columns="label")))
+    refused("row 0 has label 'lung' in 'one'", beside(table.drop(columns="label")))
     refused("no column 'label'", Embeddings(one.vectors, table.drop(columns="label")))
     refused("no column image", Embeddings(one.vectors, table.drop(columns="image")))
     refused("no embeddings", {})
@@ -367,7 +367,7 @@ def test_a_reader_finds_the_neighbours(pair, tmp_path, browser):
     both = {name: Embeddings(e.vectors, table) for name, e in pair.items()}
     page = atlas(both, tmp_path / "a.html", k=4, spaces=SPACES, progress=False)
     data = contents(page)
-    failed = data["encoders"][1]["failures"]
+    failed = data["encoders"][1]["errors"]
     row = failed[5]
     browser.narrow(1400, "light")
     browser.open(f"{page.as_uri()}#query={row}&wrong=two")

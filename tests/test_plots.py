@@ -41,7 +41,7 @@ def test_confusion_rows_sum_to_their_queries():
     assert counts.loc["a"].tolist() == [2, 1, 0]
     assert counts.loc["b"].tolist() == [0, 0, 1]
     rows = [text.get_text() for text in ax.get_yticklabels()]
-    assert rows == ["a (3 of 2)", "b (1 of 1)"]
+    assert rows == ["a (3, 2)", "b (1, 1)"]
     assert [text.get_text() for text in ax.texts] == ["67", "33", "0", "0", "0", "100"]
 
 
@@ -82,21 +82,19 @@ def test_retrieval_atlas_has_one_scale_bar():
     assert labels == ["first", "second"]
 
 
-def test_neighbours_kept_by_hand_and_by_loops():
-    line = np.float64([[0], [1], [3], [7]])
-    assert plots.neighbours_kept(line, line, k=1).tolist() == [1, 1, 1, 1]
-    moved = np.float64([[0], [1], [3], [-2.5]])  # the last now lies beside the first
-    assert plots.neighbours_kept(line, moved, k=1).tolist() == [1, 1, 1, 0]
-    rng = np.random.default_rng(0)
-    vectors, points = rng.standard_normal((30, 8)), rng.standard_normal((30, 2))
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    found = []
-    for i in range(30):
-        others = [j for j in range(30) if j != i]
-        space = sorted(others, key=lambda j: -unit[i] @ unit[j])[:5]
-        plane = sorted(others, key=lambda j: np.linalg.norm(points[i] - points[j]))[:5]
-        found.append(len({*space} & {*plane}) / 5)
-    kept = plots.neighbours_kept(vectors, points, k=5, metric="cosine")
-    np.testing.assert_allclose(kept, found)
-    with pytest.raises(ValueError, match="k=30 for 30 points"):
-        plots.neighbours_kept(vectors, points, k=30)
+def test_outlines_are_in_pixels_of_the_thumbnail():
+    class Slide:
+        mpp = 0.25
+
+    patches = pd.DataFrame({"x": [80], "y": [40], "size": [100], "mpp": [0.5]})
+    _, ax = plt.subplots()
+    plots.outline_patches(ax, patches, Slide(), mpp=2.0, fill=0.5)
+    faces, edges = ax.collections
+    assert edges.get_paths()[0].get_extents().bounds == (10, 5, 25, 25)
+    assert faces.get_paths()[0].get_extents().bounds == (10, 5, 25, 25)
+
+
+def test_a_class_has_one_colour_whatever_else_is_shown():
+    for names in plots.CLASSES:
+        assert len({plots.colour_of(name) for name in names}) == len(names)
+    assert plots.colour_of("a name of no chapter") in plots.PALETTE

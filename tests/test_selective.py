@@ -1,8 +1,9 @@
-"""When to trust a hit, against hand cases and loops."""
+"""Selective prediction against hand cases and loops."""
 
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from histo_utils import protocols, selective
 from histo_utils.embeddings import Embeddings
@@ -88,7 +89,7 @@ def test_no_threshold_is_good_enough():
     assert selective.threshold([4, 3, 2, 1], [1, 0, 0, 0], 0.3) == 1
 
 
-def test_auroc_equals_the_share_of_pairs():
+def test_auroc_equals_scikit_learn_and_the_share_of_pairs():
     rng = np.random.default_rng(4)
     confidence, present = rng.integers(0, 5, 40), rng.random(40) < 0.7
     pairs = [
@@ -96,21 +97,22 @@ def test_auroc_equals_the_share_of_pairs():
         for a in confidence[present]
         for b in confidence[~present]
     ]
-    assert selective.auroc(confidence, present) == pytest.approx(np.mean(pairs))
-    assert selective.auroc(np.ones(4), [1, 1, 0, 0]) == 0.5
+    found = selective.auroc(confidence, present)
+    assert found == pytest.approx(np.mean(pairs))
+    assert found == pytest.approx(roc_auc_score(present, confidence))
+
+
+def test_auroc_is_a_mean_over_archives_with_both_kinds():
     assert np.isnan(selective.auroc([1, 2], [1, 1]))
-
-
-def test_mean_auroc_leaves_out_archives_without_one():
-    assert np.isnan(selective.mean_auroc([1, 2], [1, 1], [0, 1]))
     # archive 0: 1.0; archive 1: 0.5; archive 2 misses nothing
-    found = selective.mean_auroc([2, 1, 1, 1, 9], [1, 0, 1, 0, 1], [0, 0, 1, 1, 2])
+    found = selective.auroc([2, 1, 1, 1, 9], [1, 0, 1, 0, 1], [0, 0, 1, 1, 2])
     assert found == pytest.approx(0.75)
 
 
 def test_risk_of_what_was_answered():
-    assert selective.risk([1, 1, 0, 1], [1, 0, 1, 0]) == pytest.approx(1 / 3)
-    assert np.isnan(selective.risk([0, 0], [0, 1]))
+    errors = np.array([1, 0, 1, 0])
+    assert selective.risk([1, 1, 0, 1], errors) == pytest.approx(1 / 3)
+    assert np.isnan(selective.risk(np.zeros(4), errors))
 
 
 def test_confidences_by_hand():
@@ -133,29 +135,29 @@ def test_intervals_are_over_patients():
     assert (found["n"], found["queries"]) == (2, 8)
 
 
-def test_answers_are_those_of_the_protocol_where_every_class_is_there(bench_archive):
+def test_answers_are_those_of_the_protocol(bench_archive):
     protocol = protocols.patient_folds(bench_archive, 5, metric="cosine")
-    fold = bench_archive.table["fold"].to_numpy()
-    for value in range(4):
-        mine = selective.answers(bench_archive, fold == value, fold != value, 5)
-        same = protocol[fold == value].reset_index(drop=True)
-        assert np.array_equal(
-            np.stack(mine["neighbours"]), np.stack(same["neighbours"])
-        )
+    found = selective.abstain(bench_archive, selective.agreement, [1.0, 0.3], k=5)
+    assert found["target_risk"].tolist() == [0.3] * 128 + [1.0] * 128
+    for _, part in found.groupby("target_risk"):
+        part = part.reset_index(drop=True)
         for column in ("query", "label", "predicted", "patient"):
-            assert mine[column].tolist() == same[column].tolist()
+            assert part[column].tolist() == protocol[column].tolist()
+        for column in ("neighbours", "neighbour_labels"):
+            assert np.array_equal(np.stack(part[column]), np.stack(protocol[column]))
+        assert (part["wrong"] == (part["label"] != part["predicted"])).all()
+        assert (part["answered"] == (part["confidence"] >= part["threshold"])).all()
 
 
-def test_a_patient_on_both_sides_is_refused(bench_archive):
-    slide = bench_archive.table["x"].to_numpy()
+def test_a_patient_in_two_folds_is_refused(bench_archive):
     with pytest.raises(ValueError, match="queries and gallery"):
-        selective.answers(bench_archive, slide == 0, slide > 0)
+        selective.abstain(bench_archive, selective.closeness, [0.2], fold="x")
 
 
-def test_each_fold_is_asked_by_a_rule_that_never_saw_it(bench_archive):
+def test_a_threshold_never_saw_its_fold(bench_archive):
     """Other labels and vectors in a fold change its answers, never its threshold."""
     table = bench_archive.table
-    how = {"confidence": selective.closeness, "risk": 0.5, "k": 5}
+    how = {"confidence": selective.closeness, "risks": [0.5], "k": 5}
     before = selective.abstain(bench_archive, **how)
     inside = (table["fold"] == 2).to_numpy()
     vectors = bench_archive.vectors.copy()
@@ -166,11 +168,10 @@ def test_each_fold_is_asked_by_a_rule_that_never_saw_it(bench_archive):
     assert (first.nunique() == 1).all() and (second.nunique() == 1).all()
     assert first.first()[2] == second.first()[2]
     assert (first.first() != second.first()).any(), "the other folds did see it"
-    assert (before["answered"] == (before["confidence"] >= before["threshold"])).all()
 
 
 def test_the_threshold_equals_loops(bench_archive):
-    found = selective.abstain(bench_archive, selective.closeness, 0.4, k=3)
+    found = selective.abstain(bench_archive, selective.closeness, [0.4], k=3)
     table, vectors = bench_archive.table, bench_archive.vectors.astype(float)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     fold, label = table["fold"].to_numpy(), table["label"].to_numpy()
@@ -185,10 +186,10 @@ def test_the_threshold_equals_loops(bench_archive):
     assert mine.to_numpy() == pytest.approx(by_loops, abs=1e-6)
 
 
-def test_two_folds_leave_nobody_to_choose(bench_archive):
+def test_two_folds_are_too_few(bench_archive):
     rows = bench_archive.take((bench_archive.table["fold"] < 2).to_numpy())
     with pytest.raises(ValueError, match="three folds"):
-        selective.abstain(rows, selective.agreement, 0.2)
+        selective.abstain(rows, selective.agreement, [0.2])
 
 
 def test_an_absent_class_is_never_found(bench_archive):
