@@ -17,6 +17,8 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
 
+from histo_utils.patches import read_patch
+
 # Paul Tol's muted set, and two greys-with-hue for what it lacks.
 PALETTE = (
     "#332288", "#CC6677", "#117733", "#DDCC77", "#88CCEE",
@@ -132,11 +134,21 @@ def contact_sheet(images, mpp=None, titles=None, colours=None, columns=8, inch=1
     return figure
 
 
-def retrieval_atlas(searches, names, mpp=None, inch=1.2):
-    """Show queries and their neighbours, one named row per search.
+def tile(table, row, query=None, note=""):
+    """Image, title and frame colour of a row; ✓ or ✗: whether it has the query's label.
 
-    Each search lists (image, title, colour of the frame), the query first; images are
-    ``inch`` wide, and the first one's scale bar holds for all.
+    The title ends with the end of the patient's name and the note.
+    """
+    patch = table.iloc[row]
+    mark = "" if query is None else "✗ " if patch["label"] != query["label"] else "✓ "
+    title = f"{mark}{patch['label']}\n…{str(patch['patient'])[-7:]} {note}".rstrip()
+    return read_patch(patch), title, colour_of(patch["label"])
+
+
+def retrieval_atlas(searches, names, mpp=None, inch=1.2):
+    """Show queries with their neighbours, a named row per search, ``inch`` per image.
+
+    Each search lists `tile`, the query first; the first scale bar holds for all.
     """
     wide = max(len(search) for search in searches)
     figure, axes = plt.subplots(

@@ -153,6 +153,49 @@ def auroc(confidence, present, archive=None) -> float:
     return float(np.mean(found)) if found else float("nan")
 
 
+def scores(found) -> dict:
+    """Score outcomes of `abstain`: area, its gain, coverage and risk at each target.
+
+    A risk is a bare number where some draw of patients had no answer, "–" without any.
+    """
+    parts = list(found.groupby("target_risk"))
+    first, patient = parts[0][1], parts[0][1]["patient"]
+    sure = first["confidence"], first["wrong"]
+    row = {
+        "area": over_patients(area, sure, patient),
+        "gain": over_patients(lambda c, w: w.mean() - area(c, w), sure, patient),
+        "error_of_all": statistics.score(first["wrong"], patient),
+    }
+    for target, part in parts:
+        reached = over_patients(risk, (part["answered"], part["wrong"]), patient)
+        if np.isnan(reached["low"]):
+            reached = "–" if np.isnan(reached["score"]) else reached["score"]
+        row[f"coverage_at_{100 * target:.0f}"] = statistics.score(
+            part["answered"], patient
+        )
+        row[f"risk_at_{100 * target:.0f}"] = reached
+    return row
+
+
+def absent_scores(searched, confidence, found) -> tuple[dict, dict]:
+    """Score outcomes of `without_each_class`: AUROC, shares answered; AUROC by class.
+
+    The thresholds are those of ``found``, of `abstain` with the same confidence.
+    """
+    sure, present = confidence(searched), searched["present"].to_numpy(bool)
+    patient, without = (searched[c].to_numpy() for c in ("patient", "without"))
+    columns = sure, present, pd.factorize(without)[0]
+    row = {"AUROC": over_patients(auroc, columns, patient)}
+    for target, part in found.groupby("target_risk"):
+        answered = sure >= part["threshold"].to_numpy()[searched["query"]]
+        for name, rows in (("absent", ~present), ("present", present)):
+            row[f"{name}_answered_at_{100 * target:.0f}"] = statistics.score(
+                answered[rows], patient[rows]
+            )
+    rows = {str(name): without == name for name in np.unique(without)}
+    return row, {n: auroc(sure[mask], present[mask]) for n, mask in rows.items()}
+
+
 def over_patients(statistic, columns, patients, n_boot=1000, seed=0) -> dict:
     """Score ``statistic(*columns)`` of per-query values, with its 95 % interval."""
     rows = np.column_stack([np.asarray(c, float) for c in columns])

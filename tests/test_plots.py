@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from histo_utils import plots
 
@@ -98,3 +99,16 @@ def test_a_class_has_one_colour_whatever_else_is_shown():
     for names in plots.CLASSES:
         assert len({plots.colour_of(name) for name in names}) == len(names)
     assert plots.colour_of("a name of no chapter") in plots.PALETTE
+
+
+def test_a_tile_says_label_match_and_patient(tmp_path):
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    table = pd.DataFrame(
+        {"image": str(tmp_path / "a.png"), "x": 0, "y": 0, "size": 8, "mpp": 0.5,
+         "slide_mpp": 0.5, "label": ["lung", "colon"], "patient": "TCGA-AB-0001"}
+    )  # fmt: skip
+    image, title, colour = plots.tile(table, 0)
+    assert image.shape == (8, 8, 3) and colour == plots.colour_of("lung")
+    assert title == "lung\n…AB-0001"
+    assert plots.tile(table, 0, table.iloc[0], "0.1")[1] == "✓ lung\n…AB-0001 0.1"
+    assert plots.tile(table, 1, table.iloc[0])[1].startswith("✗ colon")

@@ -209,3 +209,27 @@ def test_an_absent_class_is_never_found(bench_archive):
 def test_bad_input_is_refused(confidence, errors):
     with pytest.raises(ValueError, match="expected"):
         selective.risk_coverage(confidence, errors)
+
+
+def test_scores_by_hand(bench_archive):
+    found = selective.abstain(bench_archive, selective.agreement, [0.3, 1.0], k=5)
+    row, out = selective.scores(found), found[found["target_risk"] == 1]
+    coverage = row["coverage_at_100"]["score"]
+    assert coverage == pytest.approx((out["confidence"] >= out["threshold"]).mean())
+    gain = row["gain"]["score"]
+    assert gain == pytest.approx(out["wrong"].mean() - row["area"]["score"])
+    # two labels: without one of them, all neighbours agree on the other
+    searched = selective.without_each_class(bench_archive, k=5)
+    row, each = selective.absent_scores(searched, selective.agreement, found)
+    assert row["AUROC"]["score"] == 0.5 and each == {"a": 0.5, "b": 0.5}
+    answered = (out["threshold"] <= 1).mean()
+    assert row["absent_answered_at_100"]["score"] == pytest.approx(answered)
+
+
+def test_a_risk_without_answers_is_no_number(bench_archive):
+    out = selective.abstain(bench_archive, selective.agreement, [1.0], k=5)
+    none = out.assign(answered=False, target_risk=0.1)
+    one = out.assign(answered=out["patient"] == 3, target_risk=0.2)
+    row = selective.scores(pd.concat([none, one]))
+    assert row["risk_at_10"] == "–"
+    assert row["risk_at_20"] == pytest.approx(out["wrong"][48:64].mean())
