@@ -38,6 +38,18 @@ def by_chance(table: pd.DataFrame, column: str, within: str | None = None):
     return np.where(allowed > 0, agree / np.maximum(allowed, 1), np.nan)
 
 
+def by_value(outcomes: pd.DataFrame, table: pd.DataFrame, column: str) -> dict:
+    """P@1 of systems by value of a column; two patients or fewer have no interval."""
+    chance, found = by_chance(table, "label"), {}
+    for value, part in table.groupby(column):
+        n, rows = part["patient"].nunique(), outcomes["query"].isin(part.index)
+        scores = statistics.score_table(outcomes[rows], by="system")
+        row = {"patients": n, "by chance": float(chance[part.index].mean())}
+        row |= statistics.nested(scores) if n > 2 else scores["score"].to_dict()
+        found[str(value)] = row
+    return found
+
+
 def false_alarms(differences, groups, n: int = 2000, level=0.05, seed: int = 0) -> dict:
     """How often t-tests find a difference where there is none.
 

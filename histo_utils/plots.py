@@ -145,6 +145,14 @@ def tile(table, row, query=None, note=""):
     return read_patch(patch), title, colour_of(patch["label"])
 
 
+def tiles(table, outcome, k=5):
+    """Tiles of a query and its k nearest, of one row of outcomes of the table."""
+    row, near = outcome["query"], outcome["neighbours"][:k]
+    notes = [f"{far:.3f}" for far in outcome["distances"][:k]]
+    found = zip(near, notes, strict=True)
+    return [tile(table, row)] + [tile(table, i, table.iloc[row], n) for i, n in found]
+
+
 def retrieval_atlas(searches, names, mpp=None, inch=1.2):
     """Show queries with their neighbours, a named row per search, ``inch`` per image.
 

@@ -19,6 +19,19 @@ def test_by_chance_equals_loops(bench_archive):
     assert np.isnan(confounders.by_chance(table, "label", within="patient")).all()
 
 
+def test_scores_by_value_and_no_interval_of_two_patients(bench_archive):
+    out = protocols.patient_folds(bench_archive, 1, metric="cosine")
+    hits, out = metrics.accuracy(out, per_query=True), out.assign(system="x")
+    table = bench_archive.table
+    found = confounders.by_value(out, table, "site")["A"]
+    inside = (table["site"] == "A").to_numpy()
+    assert found["patients"] == 4
+    assert found["x"]["score"] == pytest.approx(hits[inside].mean())
+    two = table.assign(pair=table["patient"] // 2)
+    found = confounders.by_value(out, two, "pair")["0"]["x"]
+    assert found == pytest.approx(hits[:32].mean())
+
+
 def test_within_and_across_by_loops(bench_archive):
     table = bench_archive.table
     found = confounders.within_and_across(bench_archive, "site", metric="euclidean")
