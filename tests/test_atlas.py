@@ -80,16 +80,11 @@ def test_page_holds_what_the_search_found(pair, tmp_path):
         outcomes = leave_one_out(pair[found["name"]], 5, "patient", **options)
         assert found["hits"] == np.stack(outcomes["neighbours"]).tolist()
         assert found["distances"] == np.stack(outcomes["distances"]).tolist()
-        assert found["errors"] == [
-            i
-            for i, near in enumerate(outcomes["neighbours"])
-            if table["label"][near[0]] != table["label"][i]
-        ]
+        wrong = outcomes["label"] != outcomes["predicted"]
+        assert found["errors"] == np.flatnonzero(wrong).tolist()
     for row, patch in data["patches"].items():
-        line = table.iloc[int(row)]
-        assert data["labels"][patch["label"]] == {
-            "name": line["label"], "colour": colour_of(line["label"]),
-        }  # fmt: skip
+        line, label = table.iloc[int(row)], data["labels"][patch["label"]]
+        assert label == {"name": line["label"], "colour": colour_of(line["label"])}
         assert (patch["slide"], patch["patient"]) == (line["slide"], line["patient"])
         assert patch["preparation"] == ("FFPE" if int(row) < 27 else None)
         assert patch["um"] == 20.0
@@ -100,20 +95,17 @@ def test_page_holds_what_the_search_found(pair, tmp_path):
 def test_errors_by_hand(pair, tmp_path):
     """Four patches on a line; each one's nearest of another patient is known."""
     table = pair["one"].table.iloc[[0, 9, 27, 36]].reset_index(drop=True)
-    assert table["label"].tolist() == ["lung", "breast", "lung", "breast"]
-    # 0 is nearest to the 1 of another label, 1 to 0; 10 and 13 to each other.
-    along = Embeddings(np.float32([[0], [1], [10], [13]]), table)
-    space = {"embeddings": {"metric": "euclidean"}}
-    page = atlas(along, tmp_path / "a.html", k=2, spaces=space, progress=False)
-    (found,) = contents(page)["encoders"]
-    assert found["hits"] == [[1, 2], [0, 2], [3, 1], [2, 1]]
-    assert found["distances"] == [[1, 10], [1, 9], [3, 9], [3, 12]]
-    assert found["errors"] == [0, 1, 2, 3]
-    # Swapping two labels makes each pair one label, the errors vanish.
-    mended = table.assign(label=["lung", "lung", "breast", "breast"])
-    along = Embeddings(along.vectors, mended)
-    page = atlas(along, tmp_path / "a.html", k=2, spaces=space, progress=False)
-    assert contents(page)["encoders"][0]["errors"] == []
+    # 0 is nearest to the 1 of another label, 1 to 0; 10 and 13 to each other
+    line, space = np.float32([[0], [1], [10], [13]]), {"metric": "euclidean"}
+    for labels, wrong in ((["a", "b"] * 2, [0, 1, 2, 3]), (["a", "a", "b", "b"], [])):
+        along = {"one": Embeddings(line, table.assign(label=labels))}
+        page = atlas(
+            along, tmp_path / "a.html", k=2, spaces={"one": space}, progress=False
+        )
+        (found,) = contents(page)["encoders"]
+        assert found["hits"] == [[1, 2], [0, 2], [3, 1], [2, 1]]
+        assert found["distances"] == [[1, 10], [1, 9], [3, 9], [3, 12]]
+        assert found["errors"] == wrong
 
 
 def test_only_what_is_shown_is_on_the_page_at_its_size(pair, tmp_path):
@@ -247,12 +239,13 @@ class Browser:
         program = next(filter(None, map(shutil.which, names)), None)
         if program is None:
             pytest.skip(f"needs a browser: install one of {', '.join(names)}")
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
-        flags += ["--disable-background-networking", "--disable-component-update"]
-        flags += ["--remote-debugging-port=0", "--remote-allow-origins=*"]
-        flags += ["--host-resolver-rules=MAP * ~NOTFOUND", "--disable-dev-shm-usage"]
+        flags = "headless no-sandbox disable-gpu no-first-run disable-dev-shm-usage "
+        flags += "disable-background-networking disable-component-update "
+        flags += "remote-debugging-port=0 remote-allow-origins=*"
+        flags = [f"--{flag}" for flag in flags.split()]
+        flags += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder}"]
         self.process = subprocess.Popen(
-            [program, *flags, f"--user-data-dir={folder}", "about:blank"],
+            [program, *flags, "about:blank"],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:
@@ -362,16 +355,12 @@ def test_a_reader_finds_the_neighbours(pair, tmp_path, browser):
     def status():
         return browser.run("document.querySelector('#status').textContent")
 
-    def fact(i):
-        return browser.run(f"document.querySelectorAll('#facts dd')[{i}].textContent")
-
     def check_query(row):
-        line, shown = table.iloc[row], [fact(i) for i in range(6)]
-        preparation = "FFPE" if row < 27 else "not known"
-        assert shown == [
-            line["label"], line["patient"], line["slide"], preparation, "20 × 20 µm",
-            str(row),
-        ]  # fmt: skip
+        line, preparation = table.iloc[row], "FFPE" if row < 27 else "not known"
+        facts = "[...document.querySelectorAll('#facts dd')].map(d => d.textContent)"
+        names = [line["label"], line["patient"], line["slide"]]
+        shown = [*names, preparation, "20 × 20 µm", str(row)]
+        assert browser.run(facts) == shown
         assert browser.run("picture.src") == data["patches"][str(row)]["image"]
         found = browser.run(
             "[...document.querySelectorAll('#encoders section')].map(s => [...s."
