@@ -245,6 +245,38 @@ def centred(embeddings: Embeddings, gallery, by: str | None = None) -> Embedding
     return Embeddings(vectors.astype(np.float32), table)
 
 
+def batch_correction(images, column, fold="fold", **how) -> pd.DataFrame:
+    """Outcomes across patient folds of corrected images, and of centred vectors.
+
+    ``images``: correction to Embeddings, with "none", whose vectors are centred by each
+    fold's gallery too (by the ``column``, and by one mean unless Euclidean distance
+    makes that void). One row per query and ``score``: "label", and whether the nearest
+    agrees in the column; ``system`` is the correction, ``value`` the hit.
+    """
+    plain, parts, table = images["none"], [], images["none"].table
+    masks = [(table[fold] != f).to_numpy() for f in sorted(table[fold].unique())]
+    by = {f"centred_by_{column}": column}
+    by |= {"centred": None} if how.get("metric") != "euclidean" else {}
+    spaces = {way: [centred(plain, m, c) for m in masks] for way, c in by.items()}
+    for way, space in (images | spaces).items():
+        found = protocols.patient_folds(space, 1, fold, **how).assign(system=way)
+        hits = {"label": found["label"] == found["predicted"]}
+        hits[f"same_{column}"] = agrees(found, table[column])
+        parts += [found.assign(score=name, value=hit) for name, hit in hits.items()]
+    return pd.concat(parts, ignore_index=True)
+
+
+def rule_scores(missed: pd.DataFrame) -> dict:
+    """Count each rule of `causes`: wrong hits, share of them, share at random."""
+    found = {}
+    for rule in (*RULES, "none"):
+        share = statistics.score(missed[rule], missed["patient"])
+        found[rule] = {"wrong_hits": int(missed[rule].sum()), "share": share}
+        if f"chance_{rule}" in missed:
+            found[rule]["at_random"] = float(missed[f"chance_{rule}"].mean())
+    return found
+
+
 def _same(table, name):
     values = table[name].to_numpy()
     return values[:, None] == values

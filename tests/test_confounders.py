@@ -167,3 +167,29 @@ def test_what_the_gallery_does_not_know_is_refused(bench_archive):
         confounders.centred(bench_archive, gallery, "stain")
     with pytest.raises(ValueError, match="mask"):
         confounders.centred(bench_archive, np.zeros(128, bool))
+
+
+def test_batch_correction_equals_a_loop(bench_archive):
+    table, vectors = bench_archive.table, bench_archive.vectors.astype(float)
+    images = {"none": bench_archive}
+    found = confounders.batch_correction(images, "site", metric="cosine")
+    ways = ["none", "centred_by_site", "centred"]
+    assert pd.unique(found["system"]).tolist() == ways
+    fold, site = table["fold"].to_numpy(), table["site"].to_numpy()
+    of = {
+        key: part["value"].to_numpy()
+        for key, part in found.groupby(["system", "score"])
+    }
+    for row in (0, 50, 127):
+        gallery, moved = fold != fold[row], vectors.copy()
+        for value in "AB":
+            moved[site == value] -= vectors[gallery & (site == value)].mean(axis=0)
+        unit = moved / np.linalg.norm(moved, axis=1, keepdims=True)
+        near = np.where(gallery, unit @ unit[row], -2).argmax()
+        right = table["label"][row] == table["label"][near]
+        assert of["centred_by_site", "label"][row] == right
+        assert of["centred_by_site", "same_site"][row] == (site[near] == site[row])
+    plain = protocols.patient_folds(bench_archive, 1, metric="cosine")
+    assert (of["none", "label"] == metrics.accuracy(plain, per_query=True)).all()
+    found = confounders.batch_correction(images, "site", metric="euclidean")
+    assert pd.unique(found["system"]).tolist() == ways[:2]
