@@ -21,9 +21,8 @@ class MultiSimilarityLoss(nn.Module):
 
     ℓ_i = ln(1 + Σ_P' exp(-α(s - λ))) / α + ln(1 + Σ_N' exp(β(s - λ))) / β,
 
-    averaged over the anchors for which P, N, P' and N' all hold something.
-    pytorch-metric-learning's loss and miner average over all anchors instead, and the
-    original of CVPR 2019 has β = 50 and ε = 0.1.
+    averaged over the anchors for which none of the four is empty (over all anchors in
+    pytorch-metric-learning). The original of CVPR 2019 has β = 50 and ε = 0.1.
 
     Parameters
     ----------
@@ -53,12 +52,11 @@ class ContrastiveLoss(nn.Module):
     """Contrastive loss in the released code's "new" form (Yang et al. 2019).
 
     ℓ_i = mean_N max(0, s - margin) - mean_P s, over the anchors that have positives and
-    negatives. It can be negative: -1 where all positives coincide.
+    negatives; -1 where all positives coincide.
 
     Parameters
     ----------
     margin : float
-        Similarity up to which negatives cost nothing.
     """
 
     def __init__(self, margin=0.5):
@@ -92,8 +90,8 @@ class ABELoss(nn.Module):
         one = torch.is_tensor(embeddings) and embeddings.ndim != 3
         if one or len(embeddings) < 2:
             raise ValueError(
-                "ABELoss takes a list of embeddings, one (n, d) per learner, and two "
-                "or more of them; for a single learner use ContrastiveLoss"
+                "ABELoss takes a list of embeddings, one (n, d) for each of two "
+                "learners or more; for a single learner use ContrastiveLoss"
             )
         learners, margin = [_full(x) for x in embeddings], self.margin_div
         pairs = [_pairs(x, labels) for x in learners]

@@ -4,22 +4,16 @@ What a vector means depends on the weights, the input size, the scaling, the poo
 and the µm per pixel. `Encoder` holds them together.
 """
 
-from histo_utils.encoders.embedding import (
-    PIXEL_COLUMNS,
-    cache_key,
-    embed,
-    identity,
-    inputs,
-)
+from histo_utils.encoders.embedding import cache_key, embed, identity, inputs
 from histo_utils.encoders.encoder import Card, Encoder
 from histo_utils.encoders.published import load_published
 from histo_utils.encoders.registry import NETWORKS, build, frozen, fused, projected
 from histo_utils.encoders.saved import load, save
 from histo_utils.encoders.stored import stored
-from histo_utils.networks.projected import POOLINGS, Pooled
+from histo_utils.networks.projected import Pooled
 
 __all__ = [
-    "NETWORKS", "PIXEL_COLUMNS", "POOLINGS", "Card", "Encoder", "Pooled", "build",
-    "cache_key", "embed", "frozen", "fused", "identity", "inputs", "load",
-    "load_published", "projected", "save", "stored",
+    "NETWORKS", "Card", "Encoder", "Pooled", "build", "cache_key", "embed", "frozen",
+    "fused", "identity", "inputs", "load", "load_published", "projected", "save",
+    "stored",
 ]  # fmt: skip

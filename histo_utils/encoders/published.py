@@ -43,7 +43,7 @@ def load_published(
         No such file, or no weights for the backbone.
     ValueError
         A file that cannot be read safely, another kind than expected or no known one,
-        missing, unexpected or mis-shaped parameters, or another backbone's neck.
+        or parameters that do not fit.
     """
     path, state = Path(path), read_state(path)
     if all(name.startswith("module.") for name in state):  # of DataParallel
@@ -54,20 +54,15 @@ def load_published(
         found = "lgffem"
     else:
         raise ValueError(
-            f"the names {some(list(state))} are of no published checkpoint known here; "
-            "expected KimiaNet's (module.model.0.conv0.weight, …, module.fc_4.bias) or "
-            "LGFFEM's (neck.neck_layer_0.…, head.h1.…). For another network make an "
-            "Encoder and load its state dict yourself"
+            f"the names {some(state)} are of no published checkpoint known here; "
+            "expected KimiaNet's (module.model.0.conv0.weight, …) or LGFFEM's "
+            "(neck.neck_layer_0.…, head.h1.…). Make an Encoder of another network"
         )
     if kind not in (None, found):
-        raise ValueError(
-            f"{path} is a checkpoint of {found}, not {kind}; give kind={found!r} or "
-            "another file"
-        )
-    if found == "kimianet":
-        made = _kimianet(state, path)
-    else:
-        made = _lgffem(state, path, backbone, backbone_weights)
+        say = f"is a checkpoint of {found}, not {kind}"
+        raise ValueError(f"{path} {say}; give kind={found!r} or another file")
+    own = () if found == "kimianet" else (backbone, backbone_weights)
+    made = {"kimianet": _kimianet, "lgffem": _lgffem}[found](state, path, *own)
     made.network.requires_grad_(False).eval().to(device)
     return made
 
@@ -97,7 +92,7 @@ def _lgffem(state, path, backbone, backbone_weights):
     if other:
         raise ValueError(
             f"unexpected names {some(other)} in a checkpoint of LGFFEM; expected "
-            "neck.…, head.… and, where it is saved with them, backbone.…"
+            "neck.…, head.… and perhaps backbone.…"
         )
     down = [f"neck_layer_0.p{i}_down_channel.pwconv1.weight" for i in (1, 2, 3, 4)]
     missing = [name for name in down if name not in neck]

@@ -14,8 +14,8 @@ from histo_utils.encoders.encoder import Card, Encoder
 from histo_utils.loaders import INTERPOLATIONS, Preprocessing
 from histo_utils.networks import Joined, Pooled, Projected
 
-# The book's common network: an 8-bit release with the batch norm folded in, decoded to
-# floats; padded as TensorFlow pads. timm's own weights of that name are others.
+# The book's common network: an 8-bit release with the batch norm folded in, padded as
+# TensorFlow pads. timm's own weights of that name are others.
 _MOBILENET = "mobilenetv2_100"
 
 
@@ -25,16 +25,15 @@ def frozen(
 ) -> Encoder:  # fmt: skip
     """Build an encoder from timm, in evaluation mode, its parameters frozen.
 
-    Weights are those of ``seed`` (random), or of ``weights``, or of
-    ``$HISTO_WEIGHTS/<name>.safetensors`` (or ``<name>.<tag>.safetensors``) if there is
-    such a file, else timm's from the Hugging Face hub.
+    Weights are those of ``seed`` (random), of ``weights``, of a file
+    ``$HISTO_WEIGHTS/<name>[.<tag>].safetensors``, or timm's from the Hugging Face hub.
 
     Parameters
     ----------
     name : str
-        As timm knows it: ``vgg16.tv_in1k``, ``inception_v3.tv_in1k``, …; or anybody's
-        timm model, ``hf-hub:<owner>/<model>`` or ``local-dir:<folder>``. What such a
-        model was trained on is not known here: its card says so.
+        As timm knows it (``vgg16.tv_in1k``, …), or anybody's timm model,
+        ``hf-hub:<owner>/<model>`` or ``local-dir:<folder>``, whose card then says that
+        it is not known what it was trained on.
     weights : path, optional
         A ``.safetensors`` or PyTorch state dict; loaded strictly.
     pooling : {"head", "mean", "mean_before_relu"}
@@ -44,10 +43,8 @@ def frozen(
     seed : int, optional
         Random weights, for tests and as a baseline.
     device : str
-        Where the network is put.
     options : dict, optional
-        Further arguments of ``timm.create_model``, where the model's page asks for
-        some (``{"init_values": 1e-5}``).
+        Further arguments of ``timm.create_model`` that the model's page asks for.
 
     Raises
     ------
@@ -60,17 +57,14 @@ def frozen(
     Notes
     -----
     ``mobilenetv2_100`` without a tag, from a file or a seed, is the book's common
-    network: padded as TensorFlow does (``pad_type="same"``), RGB/127.5 - 1, 224 px,
-    bilinear. With a tag, or from the hub, it is timm's.
+    network: ``pad_type="same"``, RGB/127.5 - 1, 224 px, bilinear; else it is timm's.
     """
     if weights is not None and seed is not None:
         raise ValueError(f"weights={weights} and seed={seed} were given; expected one")
     foreign = ":" in name  # somebody's model, not one of timm's own list
     if not foreign:
         _check_name(name)
-    path = weights
-    if seed is None and weights is None:
-        path = local_weights(name)
+    path = weights or (local_weights(name) if seed is None else None)
     ours = name == _MOBILENET and (seed is not None or path is not None)
     options = ({"pad_type": "same"} if ours else {}) | (options or {})
     if seed is not None:
@@ -135,10 +129,8 @@ def build(recipe, seed=0, **more) -> torch.nn.Module:
     name = options.pop("network", None)
     if name not in NETWORKS:
         near = difflib.get_close_matches(str(name), NETWORKS, 1, 0) or ["none"]
-        raise ValueError(
-            f"recipe of an unknown network {name!r}; nearest: {near[0]}; known are "
-            f"{', '.join(NETWORKS)}"
-        )
+        known = f"nearest: {near[0]}; known are {', '.join(NETWORKS)}"
+        raise ValueError(f"recipe of an unknown network {name!r}; {known}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -160,7 +152,7 @@ def _projected(name, pooling="head", dim=128, **options):
 
 def _fusion(
     name, out_indices=(0, 1, 2, 3), channels=512, num_layers=3, grn="channel", p=4.6,
-    dropout=0.6, normalise=False, source=None, **options,
+    dropout=0.6, source=None, **options,
 ):  # fmt: skip
     """LGFFEM; ``source``: state dict of the whole timm network, for the backbone."""
     if source is not None:
@@ -171,12 +163,10 @@ def _fusion(
     )
     found = backbone.feature_info.channels()
     if len(found) != 4:
-        raise ValueError(
-            f"{name} gives {len(found)} maps for out_indices={out_indices}; the neck "
-            "fuses 4"
-        )
+        given = f"{name} gives {len(found)} maps for out_indices={out_indices}"
+        raise ValueError(f"{given}; the neck fuses 4")
     neck = networks.LocalGlobalFusionNeck(found, channels, num_layers, grn)
-    head = networks.MultiScaleGeMHead(channels, p, dropout, normalise)
+    head = networks.MultiScaleGeMHead(channels, p, dropout)
     return networks.Fusion(backbone, neck, head, channels)
 
 
@@ -195,9 +185,8 @@ NETWORKS = {
 
 def _timm_recipe(encoder):
     if encoder.recipe is None or encoder.recipe.get("network") != "timm":
-        raise ValueError(
-            f"{encoder.name} is not a plain timm network; give an encoder of frozen()"
-        )
+        what = "is not a plain timm network; give an encoder of frozen()"
+        raise ValueError(f"{encoder.name} {what}")
     return encoder.recipe
 
 

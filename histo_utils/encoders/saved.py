@@ -31,11 +31,6 @@ def save(encoder, folder, extra=None) -> Path:
     extra : dict, optional
         What else to keep, such as how it was trained; as JSON can hold it.
 
-    Returns
-    -------
-    pathlib.Path
-        The folder.
-
     Raises
     ------
     ValueError
@@ -46,10 +41,10 @@ def save(encoder, folder, extra=None) -> Path:
     """
     if encoder.recipe is None:
         raise ValueError(
-            f"{encoder.name} has no recipe, so its network could not be built again "
-            "from a file. Make it with frozen(), or give Encoder(…, recipe="
-            "{'network': <name>, **options}) with a name in encoders.NETWORKS: "
-            f"{', '.join(NETWORKS)}; for a class of your own, keep its state dict"
+            f"{encoder.name} has no recipe to build its network again. Make it with "
+            "frozen(), or give Encoder(…, recipe={'network': <name>, **options}), a "
+            f"name in encoders.NETWORKS: {', '.join(NETWORKS)}; for a class of your "
+            "own, keep its state dict"
         )
     # Clones, since safetensors refuses tensors that share memory.
     state = {
@@ -91,10 +86,8 @@ def load(folder, device="cpu") -> Encoder:
     folder = Path(folder)
     missing = [name for name in (WEIGHTS, FACTS) if not (folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"{folder} has no {' and no '.join(missing)}; expected a folder written by "
-            "encoders.save"
-        )
+        names = " and no ".join(missing)
+        raise FileNotFoundError(f"{folder} has no {names}: encoders.save writes them")
     damaged = "is damaged; save the encoder again"
     try:
         facts = json.loads((folder / FACTS).read_text("utf8"))
@@ -102,19 +95,15 @@ def load(folder, device="cpu") -> Encoder:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / FACTS} {damaged} ({error!r})") from error
     if version != FORMAT:
-        raise ValueError(
-            f"{folder / FACTS} has format {version}; this version of histo_utils reads "
-            f"{FORMAT}: update histo_utils"
-        )
+        known = f"this version of histo_utils reads {FORMAT}: update histo_utils"
+        raise ValueError(f"{folder / FACTS} has format {version}; {known}")
     absent = ", ".join(sorted(KEYS - facts.keys()))
     if absent:
         raise ValueError(f"{folder / FACTS} {damaged}: it says nothing of {absent}")
     state = read_state(folder / WEIGHTS)
     if _sha256(folder / WEIGHTS) != facts["weights_sha256"]:
-        raise ValueError(
-            f"{folder / WEIGHTS} is not the file that was saved (another SHA-256): it "
-            "is damaged or was replaced; save the encoder again"
-        )
+        other = "is not the file that was saved (another SHA-256): damaged or replaced"
+        raise ValueError(f"{folder / WEIGHTS} {other}; save the encoder again")
     network = fit_state(build(facts["recipe"]), state, str(folder))
     how = facts["preprocessing"]
     how |= {"mean": tuple(how["mean"]), "std": tuple(how["std"])}

@@ -49,20 +49,11 @@ class Bottleneck(nn.Module):
 class MixedAttentionSEResNet50(nn.Module):
     """SE-ResNet-50 with an attention mask after its third stage (Yang et al. 2019).
 
-    ======== ================================================== ==================
-    part     layers                                             output for 224 px
-    ======== ================================================== ==================
-    stem     7×7/2 conv, BN, ReLU; max-pool 3×3/2, rounding up  64 × 56 × 56
-    stage1   3 SE bottlenecks                                   256 × 56 × 56
-    stage2   4, stride 2                                        512 × 28 × 28
-    stage3   6, stride 2: the map X                             1024 × 14 × 14
-    mask     3, stride 1; 1×1 conv, BN, sigmoid: the mask A     1024 × 14 × 14
-    stage4   3, stride 2, on X · A                              2048 × 7 × 7
-    embed    mean over the map, linear, unit length             dim
-    ======== ================================================== ==================
-
-    45,731,440 parameters for 512 dimensions, 27,088,112 without the mask. The mean is
-    over a map of any size; the released 7×7 pool fails for other images than 224 px.
+    Stem (7×7/2 conv, 3×3/2 max-pool, rounding up) and stages of 3, 4 and 6 SE
+    bottlenecks give the map X, 1024 × 14 × 14 for 224 px; 3 more, 1×1 conv, BN and
+    sigmoid give the mask A. A last stage of 3 takes X · A; then the mean, a linear
+    layer, unit length. 45,731,440 parameters for 512 dimensions, 27,088,112 without the
+    mask. Images may have any size; the released 7×7 pool needs 224 px.
 
     Parameters
     ----------

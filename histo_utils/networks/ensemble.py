@@ -43,22 +43,12 @@ class Inception(nn.Module):
 class ABEM(nn.Module):
     """Attention-based ensemble on GoogLeNet with batch norm (Yang et al. 2019).
 
-    ========= ================================================== ==================
-    part      layers                                             output for 224 px
-    ========= ================================================== ==================
-    stem      7×7/2 conv, pool, 3×3 conv, pool                   192 × 28 × 28
-    stage3    inception 3a, 3b, pool: the features               480 × 14 × 14
-    attention copies of 4a-4e, shared by the learners            832 × 14 × 14
-    masks     1×1 conv, BN, ReLU, one per learner                480 × 14 × 14
-    stage4    4a-4e, pool, on features · mask, shared            832 × 7 × 7
-    stage5    5a, 5b, shared                                     1024 × 7 × 7
-    embed     mean, dropout of channels, linear, unit length     dim / learners
-    ========= ================================================== ==================
-
-    10,534,720 parameters for 4 learners. Pools are 3×3/2 and round up as in GoogLeNet
-    (how the released ones treat their border was not recorded: ours). The shared
-    attention is computed once per batch, not once per learner. The mask is a ReLU, so
-    it may also magnify.
+    Inception 3a and 3b give the features, 480 × 14 × 14 for 224 px. Copies of 4a to 4e
+    give the shared attention, from which a 1×1 conv, BN and ReLU make each learner's
+    mask (it may also magnify). Features · mask pass 4a to 5b, the mean, dropout of
+    channels and a linear layer to unit length, all shared. 10,534,720 parameters for 4
+    learners. Pools are 3×3/2 and round up as in GoogLeNet (how the released ones treat
+    their border was not recorded: ours).
 
     Parameters
     ----------

@@ -23,14 +23,14 @@ class GRN(nn.Module):
     """Global response normalisation: γ · x · N + β + x.
 
     N is a channel's response (its Euclidean norm over the map) relative to the mean
-    response of all channels. The released code takes the mean over the last axis, which
-    has one entry there, so that N is 1 within 4e-7 and nothing is normalised.
+    response of all channels.
 
     Parameters
     ----------
     channels : int
     mode : {"channel", "as_published"}
-        The mean over channels, or the one as released.
+        The mean over channels; or, as released, over the last axis, which has one entry
+        there, so that N is 1 within 4e-7 and nothing is normalised.
     """
 
     def __init__(self, channels: int, mode: str = "channel"):
@@ -167,9 +167,8 @@ class FusionLayer(nn.Module):
 class LocalGlobalFusionNeck(nn.Module):
     """Fuse a backbone's four maps, several layers deep (LGFFEM 2025).
 
-    For ConvNeXt V2 base at 224 px the maps have 128, 256, 512 and 1024 channels at 56,
-    28, 14 and 7 px; the paper's neck (512 channels, 3 layers) gives 512 at the same
-    sizes with 12,452,308 parameters.
+    The paper's neck (512 channels, 3 layers) on ConvNeXt V2 base (128, 256, 512 and
+    1024 channels) has 12,452,308 parameters. A map must be twice as wide as the next.
 
     Parameters
     ----------
@@ -181,11 +180,6 @@ class LocalGlobalFusionNeck(nn.Module):
     grn : {"channel", "as_published"}
         Response normalisation as meant, or as released, where it does nothing.
 
-    Raises
-    ------
-    ValueError
-        If there are not four maps, no layer, or an unknown ``grn``; in use, if a map is
-        not twice as high and wide as the next.
     """
 
     def __init__(self, in_channels, channels=512, num_layers=3, grn="channel"):
@@ -222,10 +216,8 @@ class GeM(nn.Module):
 
     Parameters
     ----------
-    p : float
-        Exponent at the start; it is learned.
-    eps : float
-        Smallest activation.
+    p, eps : float
+        Exponent at the start (it is learned); smallest activation.
     """
 
     def __init__(self, p: float = 4.6, eps: float = 1e-6):
@@ -258,11 +250,9 @@ class ScaleHead(nn.Module):
 class MultiScaleGeMHead(nn.Module):
     """Pool each of four maps into a quarter of the embedding (LGFFEM 2025).
 
-    Per scale: GeM, batch norm, dropout, linear, unit length, linear. As published the
-    last linear layer leaves the scales with different lengths, and a search by
-    Euclidean distance mixes length and angle; ``normalise`` mends that.
-
-    2,105,348 parameters for 512 channels, which give 2048 dimensions.
+    Per scale: GeM, batch norm, dropout, linear, unit length, linear; so scales differ
+    in length, and a search by Euclidean distance mixes length and angle. 2,105,348
+    parameters for 512 channels, which give 2048 dimensions.
 
     Parameters
     ----------
@@ -270,20 +260,16 @@ class MultiScaleGeMHead(nn.Module):
     p : float
         Of `GeM`, at the start.
     dropout : float
-    normalise : bool
-        Whether the whole vector gets unit length at the end; ours, not the paper's.
     """
 
-    def __init__(self, channels, p=4.6, dropout=0.6, normalise=False):
+    def __init__(self, channels, p=4.6, dropout=0.6):
         super().__init__()
-        self.normalise = normalise
         self.scales = nn.ModuleList(ScaleHead(channels, p, dropout) for _ in range(4))
 
     def forward(self, maps):
         """Return (b, 4 · channels) of four maps (b, channels, h_i, w_i)."""
         parts = zip(self.scales, maps, strict=True)
-        x = torch.cat([head(x) for head, x in parts], 1)
-        return F.normalize(x, dim=1) if self.normalise else x
+        return torch.cat([head(x) for head, x in parts], 1)
 
 
 class Fusion(nn.Module):

@@ -24,9 +24,8 @@ def grad_cam(network, layer, images, scores) -> np.ndarray:
     images : (b, 3, h, w) float tensor
         Preprocessed, on the network's device.
     scores : callable, int or (b,) array of int
-        Takes the network's output, returns one score per image (b,); or the class, or
-        each image's class, whose output is the score. For retrieval: the similarity to
-        the vector of a neighbour.
+        The network's output -> one score per image (b,), such as the similarity to a
+        neighbour's vector; or the class, or each image's, whose output is the score.
 
     Returns
     -------

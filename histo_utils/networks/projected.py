@@ -10,9 +10,9 @@ class Pooled(torch.nn.Module):
     """A timm network up to its vector.
 
     ``head``: what timm's own head hands to the classifier (the second fully connected
-    layer for VGG, the pooled map for most others). ``mean``: global average of the last
-    feature map. ``mean_before_relu``: DenseNet's last batch norm without its ReLU,
-    averaged, as KimiaNet's features are made (timm's ``norm5`` holds the ReLU inside).
+    layer for VGG, the pooled map for most others). ``mean``: of the last feature map.
+    ``mean_before_relu``: of DenseNet's last batch norm without ReLU, as KimiaNet's
+    features are made (timm's ``norm5`` holds the ReLU inside).
     """
 
     def __init__(self, network, pooling="head"):
