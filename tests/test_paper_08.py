@@ -18,7 +18,7 @@ def test_two_steps_of_the_paper_profile(tmp_path, monkeypatch):
     profile = yaml.safe_load((ROOT / f"profiles/paper/{CHAPTER}.yaml").read_text())
     small = {
         "dataset": str(path24c(tmp_path)), "patch_size": 64, "weights": "random",
-        "network": "convnextv2_atto", "input_size": 64, "start_size": 64,
+        "network": "convnextv2_atto", "input_size": 64, "baseline_size": 64,
         "channels": 8, "batch_size": 4, "epochs": 1, "workers": 0,
         "results": str(tmp_path / "found.json"),
     }  # fmt: skip
@@ -33,8 +33,8 @@ def test_two_steps_of_the_paper_profile(tmp_path, monkeypatch):
     assert set(found["ablation"]) == {
         "no neck", "neck, s = 17.5", "neck, GRN as published"
     }  # fmt: skip
-    last = sorted((tmp_path / "cache" / CHAPTER).glob("*/last.pt"))
-    assert len(last) == 4, "one run a system"
+    last = sorted((tmp_path / "cache" / CHAPTER).glob("*/*/last.pt"))
+    assert len(last) == 4, "one run per system"
     (kept,) = (tmp_path / "cache/trained").glob("neck_scan_*/encoder.json")
     saved = json.loads(kept.read_text())
     assert saved["recipe"]["num_layers"] == 3 and saved["dimension"] == 4 * 8
