@@ -1,10 +1,9 @@
-# The chapters as a DAG: one papermill run a notebook, only what changed runs again.
+# The chapters as a DAG: one papermill run per notebook; only what changed runs again.
 #
 #     snakemake --cores 2 -q host rules progress --keep-going --config profile=tissue
 #
-# `make book` calls it. Chapters load or make what they need, so none waits for
-# another but chapter 09, which asks the encoders that others trained. Later, seeds and ablations are further wildcards of the executed copy's
-# path ({profile}/{chapter}.seed{seed}.ipynb), given to the notebook with -p.
+# `make book` calls it. Chapters load or make what they need, so none waits for another
+# but chapter 09, which compares the encoders that others trained.
 
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ def profile_file(wildcards):
 
 
 def trained_before(wildcards):
-    """The comparison asks the encoders that the chapters on papers saved."""
+    """Chapter 09 compares the encoders that the chapters on papers saved."""
     if not wildcards.chapter.startswith("09_"):
         return []
     papers = [name for name in CHAPTERS if "04" <= name[:2] <= "08"]

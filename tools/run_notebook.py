@@ -2,10 +2,10 @@
 
     python tools/run_notebook.py 02_mosaic_extraction --profile tissue \
         --out _build/executed/tissue/02_mosaic_extraction.ipynb
-    python tools/run_notebook.py --times --profile tissue
 
-Run it in the repository's root. The copy appears under its name only when the run is
-complete; a failed run leaves ``<name>.failed.ipynb`` beside it and exits with 1.
+Run it in the repository's root. It prints one line, ``[2/12] 02_mosaic_extraction
+73 s``. The copy appears under its name only when the run is complete; a failed run
+leaves ``<name>.failed.ipynb`` beside it and exits with 1.
 What papermill alone does not do: it refuses misspelt parameters, and it writes
 profile, commit and date into the copy's metadata (``histo``).
 """
@@ -70,7 +70,7 @@ def execute(source, part, parameters):
             parameters,
             cwd=".",
             progress_bar=False,
-            # A progress bar leaves its last line, not one line a step.
+            # A progress bar leaves its last line, not one line per step.
             coalesce_streams=True,
             # Every kernel warns that it talks over unencrypted local sockets.
             extra_arguments=["--log-level=CRITICAL"],
@@ -92,7 +92,8 @@ def write_origin(path, facts):
 
 def run(name, profile, out):
     """Run one chapter; return the exit status."""
-    refuse_unknown("chapter", [name], [p.stem for p in NOTEBOOKS.glob("*.ipynb")])
+    chapters = sorted(p.stem for p in NOTEBOOKS.glob("*.ipynb"))
+    refuse_unknown("chapter", [name], chapters)
     known_profiles = {"demo", *(p.name for p in PROFILES.glob("*") if p.is_dir())}
     refuse_unknown("profile", [profile], known_profiles)
     import papermill
@@ -113,33 +114,17 @@ def run(name, profile, out):
         return 1
     seconds = write_origin(part, facts)
     part.replace(out)
-    print(f"{name} ({profile}): {seconds:.0f} s", flush=True)
+    place = f"[{chapters.index(name) + 1}/{len(chapters)}]"
+    print(f"{place} {name} {seconds:.0f} s", flush=True)
     return 0
-
-
-def print_times(profile):
-    """Print how long each chapter of a profile took."""
-    total = 0.0
-    for path in sorted(Path("_build/executed", profile).glob("[0-9][0-9]_*.ipynb")):
-        metadata = json.loads(path.read_text("utf8"))["metadata"]
-        if path.suffixes == [".ipynb"] and "histo" in metadata:
-            seconds = metadata["papermill"]["duration"]
-            total += seconds
-            print(f"  {path.stem:32} {seconds:7.1f} s")
-    print(f"  {'all chapters':32} {total:7.1f} s")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", nargs="?", help="notebook, as 02_mosaic_extraction")
+    parser.add_argument("name", help="notebook, as 02_mosaic_extraction")
     parser.add_argument("--profile", default="demo", help="default: demo")
     parser.add_argument("--out", type=Path, help="where the executed copy goes")
-    parser.add_argument("--times", action="store_true", help="print seconds a chapter")
     options = parser.parse_args()
-    if options.times:
-        return print_times(options.profile)
-    if not options.name:
-        parser.error("name a notebook")
     folder = Path("_build/executed", options.profile)
     out = options.out or folder / f"{options.name}.ipynb"
     return run(options.name, options.profile, out)
