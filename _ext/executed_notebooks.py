@@ -77,7 +77,7 @@ def with_text(found):
     """Add ``ci``, the words for a score, η or a difference with its interval.
 
     A comparison also gets ``versus``: with its p (after Holm's correction where there
-    was one) and the minimum detectable difference; and ``verdict``, which says first
+    was one) and the minimum detectable difference; and ``verdict``, which first says
     what that means at a level of 5 %.
     """
     gap = _interval(found, "difference", "{:+.2f}")
@@ -87,11 +87,10 @@ def with_text(found):
     if gap and None not in (found.get("detectable"), found.get("p")):
         p = found.get("p_holm", found["p"])
         text = "p\N{NO-BREAK SPACE}" + ("< 0.001" if p < 0.001 else f"{p:.3f}")
-        found["versus"] = f"{gap}, {text}, ±{found['detectable']:.2f}"
+        found["versus"] = f"{gap}, {text}, MDD {found['detectable']:.2f}"
         side = "higher" if found["difference"] > 0 else "lower"
         side = side if p < 0.05 else "no significant difference"
         found["verdict"] = f"{side}: {found['versus']}"
-        found["told"] = found["verdict"]  # until no page reads it by this name
     return found
 
 
@@ -140,7 +139,7 @@ def code_cells(notebook):
 
 
 def is_injected(cell):
-    """Tell whether papermill wrote this cell."""
+    """Say whether papermill wrote this cell."""
     return "injected-parameters" in cell["metadata"].get("tags", [])
 
 
@@ -229,7 +228,7 @@ def executed(app, docname, text):
         return json.dumps(add_status(with_outputs(notebook, copy), profile))
     except UnusableCopy as why:
         logger.warning(
-            "cannot show this chapter: %s (mend with: make book PROFILE=%s)",
+            "cannot show this chapter: %s (to fix it: make book PROFILE=%s)",
             str(why).replace(f"{app.srcdir}/", ""),
             profile,
             location=docname,

@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "_ext"))
+import executed_notebooks  # noqa: E402
+import results_figures  # noqa: E402
+
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
+NONE = "no significant difference"
 RESULTS = {"table": {"dice": 0.8371, "n": 688}}
 PYTHON = {"name": "python", "pygments_lexer": "ipython3"}
 PARAMETERS = "mpp: float = 0.5  # micrometres per pixel"
@@ -19,18 +24,12 @@ PARAMETERS = "mpp: float = 0.5  # micrometres per pixel"
 
 def notebook(title="Stub", code="print(1)", outputs=(), **metadata):
     def cell(kind, source, *tags, **more):
-        return {
-            "cell_type": kind,
-            "source": source,
-            "metadata": {"tags": list(tags)},
-            "id": f"id{abs(hash(source)) % 10**8}",
-            **more,
-        }
+        own = {"metadata": {"tags": list(tags)}, "id": f"i{abs(hash(source)) % 10**8}"}
+        return {"cell_type": kind, "source": source, **own, **more}
 
     empty = {"outputs": [], "execution_count": None}
-    text = (
-        f"(sec-{title.lower()})=\n# {title}\n\n[![Open in Colab]({BADGE})](https://x.y)"
-    )
+    label = f"(sec-{title.lower()})=\n# {title}\n\n"
+    text = f"{label}[![Open in Colab]({BADGE})](https://x.y)"
     cells = [
         cell("markdown", text),
         cell("code", PARAMETERS, "parameters", **empty),
@@ -61,17 +60,15 @@ def write(path, content):
 @pytest.fixture
 def book(tmp_path):
     """A book of one page and one executed chapter, built by plain Sphinx (fast)."""
-    write(
-        tmp_path / "conf.py",
-        f"""
+    conf = f"""
         import sys
         sys.path.insert(0, {str(ROOT / "_ext")!r})
         extensions = ["myst_nb", "executed_notebooks"]
         nb_execution_mode = "off"
         myst_enable_extensions = ["colon_fence", "substitution"]
         exclude_patterns = ["_build"]
-        """.replace("\n        ", "\n"),
-    )
+        """
+    write(tmp_path / "conf.py", textwrap.dedent(conf))
     pages = "```{toctree}\n:glob:\nnotebooks/*\n```\n"
     write(tmp_path / "index.md", f"# Book\n\n{pages}")
     write(tmp_path / "notebooks/01_stub.ipynb", notebook())
@@ -82,142 +79,114 @@ def book(tmp_path):
     return tmp_path
 
 
-def build(book, profile="demo"):
-    """Build with warnings as errors; return the exit status and what was said."""
-    words = ["-m", "sphinx", "-W", "--keep-going", "-q", ".", "_build/html"]
-    env = {**os.environ, "PROFILE": profile, "NO_COLOR": "1"}
-    done = subprocess.run(
-        [sys.executable, *words], cwd=book, env=env, capture_output=True, text=True
-    )
+def said(*words, cwd):
+    """Run a command; return its exit status and what it said."""
+    env = {**os.environ, "PROFILE": "demo", "NO_COLOR": "1"}
+    how = {"cwd": cwd, "env": env, "capture_output": True, "text": True}
+    done = subprocess.run(words, **how)
     return done.returncode, done.stdout + done.stderr
 
 
-def page(book, name="notebooks/01_stub"):
-    return (book / f"_build/html/{name}.html").read_text("utf8")
-
-
-def test_page_shows_outputs_status_and_a_local_badge(book):
-    status, said = build(book)
-    assert status == 0, said
-    html = page(book)
-    assert "an output" in html
-    assert "synthetic" in html and "2026-01-02 03:04 UTC" in html
-    assert "abcdef1234" in html
-    assert html.index("<h1>") < html.index("edition") < html.index("colab-badge")
-    assert BADGE not in html
-
-
-def test_the_atlas_of_the_profile_lies_beside_the_pages(book):
+@pytest.mark.slow
+def test_a_page_shows_outputs_status_results_and_the_atlas(book):
     write(book / "_build/atlas/demo/atlas.html", "<title>demo atlas</title>")
-    write(book / "_build/atlas/tissue/atlas.html", "<title>tissue atlas</title>")
-    status, said = build(book)
-    assert status == 0, said
-    assert page(book, "atlas") == "<title>demo atlas</title>"
-
-
-def test_missing_failed_and_stale_copies_are_errors_until_mended(book):
-    made = book / "_build/executed/demo"
-    for name, title in [("02_new", "New"), ("03_bad", "Bad"), ("04_old", "Old")]:
-        write(book / f"notebooks/{name}.ipynb", notebook(title))
-    write(book / "notebooks/05_died.ipynb", notebook("Died"))
-    write(made / "03_bad.ipynb", executed("Bad", exception=True))
-    write(made / "04_old.ipynb", executed("Old", code="print(2)"))
-    write(made / "05_died.ipynb", executed("Died"))
-    write(made / "05_died.failed.ipynb", executed("Died", exception=True))
-    status, said = build(book)
-    assert status != 0
-    assert "it was not run: there is no _build/executed/demo/02_new.ipynb" in said
-    assert "its run failed, see _build/executed/demo/03_bad.ipynb" in said
-    assert "its code changed since the run" in said and "04_old.ipynb" in said
-    assert "its last run failed, see _build/executed/demo/05_died.failed" in said
-    assert "01_stub" not in said
-
-    (made / "05_died.failed.ipynb").unlink()
-    for name, title in [("02_new", "New"), ("03_bad", "Bad"), ("04_old", "Old")]:
-        write(made / f"{name}.ipynb", executed(title))
-    status, said = build(book)
-    assert status == 0, said
-    assert "an output" in page(book, "notebooks/02_new")
-
-
-def test_another_profile_shows_its_own_copies(book):
-    assert build(book)[0] == 0
-    status, said = build(book, profile="tissue")
-    assert status != 0 and "no _build/executed/tissue/01_stub.ipynb" in said
-    made = executed()
-    made["metadata"]["histo"]["profile"] = "tissue"
-    write(book / "_build/executed/tissue/01_stub.ipynb", made)
-    status, said = build(book, profile="tissue")
-    assert status == 0, said
-    assert "real tissue" in page(book) and "synthetic" not in page(book)
-
-
-def test_prose_takes_numbers_from_results_and_follows_them(book):
     text = """
-        Dice {{ "{:.2f}".format(r.ch02.table.dice) }} or
-        {{ "%.3f"|format(r.ch02.table.dice) }}, n {{ r.ch02.table.n }}.
+        Dice {{ "{:.2f}".format(r.ch02.table.dice) }}, n {{ r.ch02.table.n }}.
 
         Later {{ "{:.2f}".format(r.ch07.table.dice) }}, whole
         {{ "{:.2f} of {}".format(r.ch07.a, r.ch07.b[0]) if r.ch07 else "not run yet" }}.
         """
     index = (book / "index.md").read_text("utf8")
     write(book / "index.md", index + textwrap.dedent(text))
-    status, said = build(book)
-    assert status == 0, said
-    html = " ".join(page(book, "index").split())
-    assert "Dice 0.84 or 0.837, n 688." in html
-    assert "Later not run, whole not run yet." in html
-
-    write(book / "results/tissue/02_stub.json", {"table": {"dice": 0.5, "n": 3}})
-    assert build(book)[0] == 0
-    assert "Dice 0.50 or 0.500, n 3." in " ".join(page(book, "index").split())
-
-
-def test_a_misspelt_result_is_an_error(book):
-    index = (book / "index.md").read_text("utf8")
-    write(book / "index.md", index + "\n{{ r.ch02.table.dise }} {{ r.chapter2 }}\n")
-    status, said = build(book)
-    assert status != 0
-    assert "'dise'" in said and "'chapter2'" in said
+    words = ["-m", "sphinx", "-W", "--keep-going", "-q", ".", "_build/html"]
+    assert said(sys.executable, *words, cwd=book) == (0, "")
+    html = (book / "_build/html/notebooks/01_stub.html").read_text()
+    assert "an output" in html
+    assert "synthetic" in html and "2026-01-02 03:04 UTC" in html
+    assert "abcdef1234" in html
+    assert html.index("<h1>") < html.index("edition") < html.index("colab-badge")
+    assert BADGE not in html
+    assert (book / "_build/html/atlas.html").exists()
+    html = " ".join((book / "_build/html/index.html").read_text().split())
+    assert "Dice 0.84, n 688." in html and "Later not run, whole not run yet." in html
 
 
-# --- tools/check_links.py
+def test_a_page_says_what_its_data_is():
+    made = {"histo": {"profile": "tissue"}}
+    assert "real tissue" in executed_notebooks.status(made, "demo")
+    assert "**synthetic**" in executed_notebooks.status({}, "demo")
+
+
+def test_missing_failed_and_stale_copies_say_why(tmp_path):
+    def why(copy, failed=None):
+        shutil.rmtree(tmp_path / "made", ignore_errors=True)
+        for name, made in (("01_a", copy), ("01_a.failed", failed)):
+            if made:
+                write(tmp_path / f"made/{name}.ipynb", made)
+        with pytest.raises(executed_notebooks.UnusableCopy) as error:
+            executed_notebooks.read_copy(tmp_path / "made/01_a.ipynb", notebook())
+        return str(error.value)
+
+    assert "it was not run: there is no" in why(None)
+    assert "its run failed, see" in why(executed(exception=True))
+    assert "its last run failed" in why(executed(), failed=executed(exception=True))
+    assert "its code changed since the run" in why(executed(code="print(2)"))
+    write(tmp_path / "01_b.ipynb", executed(title="Newer prose"))
+    found = executed_notebooks.read_copy(tmp_path / "01_b.ipynb", notebook())
+    assert found["cells"][-1]["outputs"], "only code can be stale"
+
+
+def test_a_misspelt_result_is_an_error(tmp_path):
+    found = read(tmp_path, _02_stub=RESULTS)
+    for wrong in (lambda: found["ch02"]["table"]["dise"], lambda: found["chapter2"]):
+        with pytest.raises(KeyError):
+            wrong()
+    assert str(found["ch05"].table.dice) == "not run", "a chapter without results"
+
+
+# --- make and its tools
+
+
+def test_make_prints_a_line_per_chapter_and_the_traceback_of_a_failure(tmp_path):
+    """With a snakemake that says what the real one and run_notebook.py do."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("pyproject.toml", "constraints.txt", ".venv/installed"):
+        write(tmp_path / name, "")
+    tool = tmp_path / ".venv/bin/snakemake"
+    write(tool, "#!/bin/sh\necho Select jobs\necho '[1/2] 01_a 3 s'\nexit 0\n")
+    tool.chmod(0o755)
+    words = ["make", "--no-print-directory", "chapters"]
+    assert said(*words, cwd=tmp_path) == (0, "[1/2] 01_a 3 s\n")
+    write(tool, "#!/bin/sh\necho 'Traceback: no tissue' >&2\nexit 1\n")
+    status, shown = said(*words, cwd=tmp_path)
+    assert status != 0 and "Traceback: no tissue" in shown
 
 
 def check_links(folder):
-    tool = ROOT / "tools/check_links.py"
-    done = subprocess.run(
-        [sys.executable, tool, folder], capture_output=True, text=True
-    )
-    return done.returncode, done.stdout
+    return said(sys.executable, ROOT / "tools/check_links.py", folder, cwd=folder)
 
 
-def test_link_checker_passes_sound_pages(tmp_path):
+def test_link_checker_passes_sound_pages_and_refuses_an_empty_folder(tmp_path):
+    assert check_links(tmp_path)[0] == 1
     links = '<a href="b.html#x">b</a> <a href="https://x.y/">y</a> <a href="#top">t</a>'
     write(tmp_path / "a.html", links + '<img src="data:image/png;base64,AA==">')
     write(tmp_path / "b.html", '<p id="x"><a href="a.html">a</a></p>')
     assert check_links(tmp_path) == (0, "2 pages, 0 findings\n")
 
 
-@pytest.mark.parametrize(
-    ("html", "finding"),
-    [
-        ('<a href="gone.html">x</a>', "no such file: gone.html"),
-        ('<a href="#gone">x</a>', "no such anchor: #gone"),
-        ('<img src="gone.png">', "no such file: gone.png"),
-        ('<script src="https://x.y/z.js"></script>', "fetched from another site"),
-        ('<img src="//x.y/z.png">', "fetched from another site"),
-        ('<link rel="stylesheet" href="https://x.y/z.css">', "fetched from another"),
-    ],
-)
-def test_link_checker_finds(tmp_path, html, finding):
-    write(tmp_path / "a.html", html)
-    status, said = check_links(tmp_path)
-    assert status == 1 and f"a.html: {finding}" in said
-
-
-def test_link_checker_refuses_an_empty_folder(tmp_path):
-    assert check_links(tmp_path)[0] == 1
+def test_link_checker_finds(tmp_path):
+    faults = {
+        '<a href="gone.html">x</a>': "no such file: gone.html",
+        '<a href="#gone">x</a>': "no such anchor: #gone",
+        '<img src="gone.png">': "no such file: gone.png",
+        '<script src="https://x.y/z.js"></script>': "from another site: https://x.y/z.js",
+        '<img src="//x.y/z.png">': "fetched from another site: //x.y/z.png",
+        '<link rel="stylesheet" href="https://x.y/z.css">': "another site: https://x.y/z",
+    }  # fmt: skip
+    write(tmp_path / "a.html", "".join(faults))
+    status, shown = check_links(tmp_path)
+    assert status == 1 and "6 findings" in shown
+    assert all(finding in shown for finding in faults.values())
 
 
 # --- the real configuration, in a browser
@@ -230,30 +199,25 @@ def small_book(tmp_path_factory):
     for name in ("_ext", "book/_static"):
         shutil.copytree(ROOT / name, folder / name)
     shutil.copy(ROOT / "_config.yml", folder)
-    toc = [
-        "format: jb-book",
-        "root: book/intro",
-        "chapters:",
-        "- file: notebooks/01_stub",
-    ]
-    write(folder / "_toc.yml", "\n".join(toc))
+    toc = "format: jb-book\nroot: book/intro\nchapters:\n- file: notebooks/01_stub\n"
+    write(folder / "_toc.yml", toc)
     write(folder / "book/intro.md", "# Book\n\nMaths $x^2$, {ref}`sec-stub`.\n")
     write(folder / "book/references.bib", "")
     write(folder / "notebooks/01_stub.ipynb", notebook())
     write(folder / "_build/executed/demo/01_stub.ipynb", executed())
     tool = Path(sys.executable).with_name("jupyter-book")
-    words = [tool, "build", ".", "-W", "-n", "--keep-going", "-q"]
-    env = {**os.environ, "PROFILE": "demo"}
-    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    status, shown = said(
+        tool, *["build", ".", "-W", "-n", "--keep-going", "-q"], cwd=folder
+    )
+    assert status == 0, shown
     return folder / "_build/html"
 
 
 @pytest.mark.slow
 def test_this_books_configuration_builds_sound_pages(small_book):
     assert (small_book / "index.html").exists()
-    status, said = check_links(small_book)
-    assert status == 0, said
+    status, shown = check_links(small_book)
+    assert status == 0, shown
     html = (small_book / "notebooks/01_stub.html").read_text("utf8")
     assert "/searching-tissue/blob/main/notebooks/01_stub.ipynb" in html
     assert html.count("search-button-field") == 1
@@ -275,28 +239,22 @@ def test_no_request_leaves_a_page(small_book, tmp_path, name):
     html = (small_book / f"{name}.html").read_text("utf8")
     copy = small_book / f"{name}-canary.html"
     write(copy, html.replace("</article>", f'<img src="{canary}"></article>'))
-    url = copy.as_uri()
-    done = subprocess.run(
-        [browser, *flags, url], capture_output=True, text=True, timeout=60
-    )
-    assert "Stub" in done.stdout
+    assert "Stub" in said(browser, *flags, copy.as_uri(), cwd=tmp_path)[1]
     events = json.loads(log.read_text("utf8"))["events"]
-    asked = [e["params"] for e in events if "initiator" in e.get("params", {})]
+    sent = [e["params"] for e in events if "initiator" in e.get("params", {})]
     # The browser's own errands (updates, spelling) come from no origin.
-    urls = {a["url"] for a in asked if a["initiator"] != "not an origin"}
+    urls = {a["url"] for a in sent if a["initiator"] != "not an origin"}
     assert urls == {canary}
 
 
-def test_a_score_carries_its_words(tmp_path):
-    sys.path.insert(0, str(ROOT / "_ext"))
-    from executed_notebooks import read_results
+# --- the words and figures of results
 
-    score = {"score": 0.8371, "low": 0.8, "high": 0.9}
-    gap = {"difference": 0.0512, "low": -0.1, "high": 0.2}
-    (tmp_path / "02_x.json").write_text(json.dumps({"a": {"dice": score}, "b": gap}))
-    found = read_results(tmp_path)["ch02"]
-    assert found["a"]["dice"]["ci"] == "0.84 [0.80,\u00a00.90]"
-    assert found["b"]["ci"] == "+0.05 [\u22120.10,\u00a0+0.20]"
+
+def read(folder, **found):
+    """What prose pages get from results files of this content."""
+    for name, content in found.items():
+        write(folder / f"{name[1:]}.json", content)
+    return executed_notebooks.read_results(folder)
 
 
 def typed(text):
@@ -307,43 +265,35 @@ def typed(text):
 @pytest.mark.parametrize(
     ("difference", "p", "words"),
     [
-        (
-            0.05,
-            {"p": 0.01, "p_holm": 0.2},
-            "no significant difference: +0.05 [-0.10, +0.20], p 0.200",
-        ),
-        (0.05, {"p": 0.01, "p_holm": 0.04}, "higher: +0.05 [-0.10, +0.20], p 0.040"),
-        (-0.05, {"p": 0.0001}, "lower: -0.05 [-0.10, +0.20], p < 0.001"),
+        (0.05, {"p": 0.01, "p_holm": 0.2}, NONE + ": +0.05 {}, p 0.200"),
+        (0.05, {"p": 0.01, "p_holm": 0.04}, "higher: +0.05 {}, p 0.040"),
+        (-0.05, {"p": 0.0001}, "lower: -0.05 {}, p < 0.001"),
     ],
-)
+)  # fmt: skip
 def test_a_comparison_says_what_it_means(tmp_path, difference, p, words):
-    sys.path.insert(0, str(ROOT / "_ext"))
-    from executed_notebooks import read_results
-
     gap = {"difference": difference, "low": -0.1, "high": 0.2, "detectable": 0.08, **p}
-    (tmp_path / "02_x.json").write_text(json.dumps(gap))
-    assert typed(read_results(tmp_path)["ch02"]["verdict"]) == f"{words}, ±0.08"
+    found = read(tmp_path, _02_x=gap)["ch02"]
+    assert typed(found["verdict"]) == words.format("[-0.10, +0.20]") + ", MDD 0.08"
 
 
-def test_a_row_of_etas_carries_both_its_words(tmp_path):
-    sys.path.insert(0, str(ROOT / "_ext"))
-    from executed_notebooks import read_results
-
+def test_scores_carry_their_words(tmp_path):
     row = {"eta_p": 0.8, "low": 0.7, "high": 0.9, "difference": 0.1, "p": 0.2}
     row |= {"difference_low": -0.1, "difference_high": 0.3, "detectable": 0.25}
     few = {"score": 0.5, "low": None, "high": None}
-    whole = {"row": row, "few": few, "by_share": {"score": few}, "bare": {"score": 0.5}}
-    (tmp_path / "04_x.json").write_text(json.dumps(whole))
-    found = read_results(tmp_path)["ch04"]
+    score = {"score": 0.8371, "low": 0.8, "high": 0.9}
+    whole = {"row": row, "few": few, "dice": score, "bare": {"score": 0.5}}
+    found = read(tmp_path, _04_x=whole | {"by_share": {"score": few}})["ch04"]
+    assert found["dice"]["ci"] == "0.84 [0.80,\u00a00.90]"
     assert typed(found["row"]["ci"]) == "0.80 [0.70, 0.90]"
-    assert typed(found["row"]["versus"]) == "+0.10 [-0.10, +0.30], p 0.200, ±0.25"
+    assert typed(found["row"]["versus"]) == "+0.10 [-0.10, +0.30], p 0.200, MDD 0.25"
     assert found["few"]["ci"] == "0.50"
     assert "ci" not in found["by_share"] and "ci" not in found["bare"]
 
 
-def test_all_committed_results_can_be_read():
-    sys.path.insert(0, str(ROOT / "_ext"))
-    from executed_notebooks import read_results
-
-    found = read_results(ROOT / "results" / "tissue")
-    assert found["ch07"]["scores"]["start"]["scan"]["ci"].startswith("0.")
+def test_committed_results_can_be_read_and_drawn(tmp_path):
+    found = executed_notebooks.read_results(ROOT / "results" / "tissue")
+    assert found["ch07"]["scores"]["histogram"]["scan"]["ci"].startswith("0.")
+    drawn = results_figures.draw(ROOT / results_figures.FILE, tmp_path)
+    assert [path.name for path in drawn] == ["systems.svg", "risk_coverage.svg"]
+    assert all("</svg>" in path.read_text() for path in drawn)
+    assert results_figures.draw(tmp_path / "none.json", tmp_path) == []
