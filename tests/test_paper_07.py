@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import papermill
+import pytest
 import yaml
 from miniatures import path24_rgb
 
@@ -13,16 +14,21 @@ ROOT = Path(__file__).parents[1]
 NAME = "07_metric_learning"
 
 
+@pytest.mark.slow
 def test_two_steps_of_the_paper_profile(tmp_path, monkeypatch):
     monkeypatch.setenv("HISTO_CACHE", str(tmp_path / "cache"))
     place = path24_rgb(tmp_path, n_classes=2, n_train=6, n_test=2)
     paper = yaml.safe_load((ROOT / "profiles" / "paper" / f"{NAME}.yaml").read_text())
-    assert (paper["batch_size"], paper["epochs"], paper["decay_at"]) == (60, 100, 50)
+    assert (paper["batch_size"], paper["epochs"], paper["decay_at"]) == (
+        60,
+        {"scan": 100},
+        50,
+    )
     assert (paper["resize"], paper["input_size"], paper["dim"]) == (300, 224, 512)
-    assert paper["tries"] == ["sgd 0.001"] and paper["per_class"] == 0
+    assert paper["optimisers"] == ["sgd 0.001"] and paper["per_class"] == 0
     small = {
         "dataset": str(place), "input_size": 32, "resize": 43, "batch_size": 4,
-        "steps": 2, "epochs": 1, "seeds": [0], "shares": [1.0], "workers": 0,
+        "steps": 2, "epochs": {"scan": 1}, "seeds": [0], "shares": [1.0], "workers": 0,
         "results": str(tmp_path / "found.json"),
     }  # fmt: skip
     papermill.execute_notebook(
@@ -33,7 +39,7 @@ def test_two_steps_of_the_paper_profile(tmp_path, monkeypatch):
     assert [run["images"] for run in found["runs"]] == [8, 8]  # the try, and seed 0
     assert found["trained_parameters"] == 45_731_440
     assert found["splits"] == {
-        "scan 0": {"train": 11, "choose": 1, "gallery": 12, "test": 4}
+        "scan 0": {"train": 10, "validation": 2, "gallery": 12, "test": 4}
     }
     assert set(found["scores"]["multi_similarity"]) == {"scan", "test_among_test"}
     kept = tmp_path / "cache" / "trained"
