@@ -39,41 +39,41 @@ def read_class_folders(folder):
     folders; ValueError if an image is not square, or an NCT-CRC set lacks a class.
     """
     folder = Path(folder)
-    column, names = max(
-        PARTS, key=lambda part: sum(bool(_class_folders(folder / n)) for n in part[1])
-    )
+
+    def present(part):
+        return {n: value for n, value in part[1].items() if _class_folders(folder / n)}
+
+    column, names = max(PARTS, key=lambda part: len(present(part)))
     parts = [
         _read(folder / name).assign(**{column: value})
-        for name, value in names.items()
-        if _class_folders(folder / name)
+        for name, value in present((column, names)).items()
     ]
-    if parts:
-        table = pd.concat(parts, ignore_index=True)
-        scale = {"mpp": PANNUKE_MPP, "slide_mpp": PANNUKE_MPP}
-        return table.assign(**scale) if column == "fold" else table
-    return _read(folder) if _class_folders(folder) else None
+    if not parts:
+        return _read(folder) if _class_folders(folder) else None
+    table = pd.concat(parts, ignore_index=True)
+    scale = {"mpp": PANNUKE_MPP, "slide_mpp": PANNUKE_MPP}
+    return table.assign(**scale) if column == "fold" else table
 
 
 def _class_folders(folder):
     """Folders that hold images: s2 before s10, else by name."""
-    if not folder.is_dir():
-        return []
 
     def order(place):
         number = re.fullmatch(r"s(\d+)", place.name)
         return int(number[1]) if number else -1, place.name
 
-    return sorted((p for p in folder.iterdir() if p.is_dir() and _images(p)), key=order)
+    places = folder.iterdir() if folder.is_dir() else ()
+    return sorted((p for p in places if p.is_dir() and any(_images(p))), key=order)
 
 
 def _images(folder):
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    return (p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
 
 
 def _read(folder):
     rows = []
     for place in _class_folders(folder):
-        for path in _images(place):
+        for path in sorted(_images(place)):
             with Image.open(path) as image:  # its head alone is read
                 width, height = image.size
             if width != height:

@@ -117,18 +117,17 @@ def _check(data, file):
                 f"{file}: {scan.name} is {scan.dtype} {scan.shape}; expected grey: "
                 "uint8 with two dimensions"
             )
-    n, *sides = patches.shape
-    whole = len(sides) == 2 and sides[0] == sides[1] and patches.dtype == np.uint8
-    if not whole or targets.size != n:
+    shape, side = patches.shape, patches.shape[-1]
+    if shape != (targets.size, side, side) or patches.dtype != np.uint8:
         raise ValueError(
-            f"{file}: /test_data/patches is {patches.dtype} {patches.shape} with "
+            f"{file}: /test_data/patches is {patches.dtype} {shape} with "
             f"{targets.size} targets; expected uint8 (n, side, side) with n targets"
         )
     if odd := sorted({int(t) for t in np.ravel(targets[:])} - set(scans)):
         raise ValueError(
             f"{file}: test targets {odd} have no scan; expected numbers among {scans}"
         )
-    return scans, sides[0]
+    return scans, side
 
 
 def _claim(folder, made):
