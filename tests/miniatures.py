@@ -22,6 +22,13 @@ from histo_utils.readers.class_folders import NCT_CLASSES
 SIDE = 64  # px of a patch; the papers have 1000, 224 and 256
 # Of a Path24 scan: 3 × 4 whole cells, and a rest below and to the right.
 SCAN = (3 * SIDE + 20, 4 * SIDE + 10)
+SITES = (
+    "TSS Code\tSource Site\tStudy Name\tBCR\n"
+    "05\tIndivumed\tLung adenocarcinoma\tIGC\n"
+    "18\tPrincess Margaret Hospital (Canada)\tLung squamous cell carcinoma\tNCH\n"
+    "NA\tnowhere\tUterine Carcinosarcoma\tNCH\n"
+    "07\tTGen\tCell Line Control\tIGC\n"
+)
 TCGA_SITES = (("05", "LUAD"), ("18", "LUSC"))  # source-site codes and their projects
 
 
@@ -47,12 +54,9 @@ def path24_h5(folder, n_scans=3, seed=0):
     lies across four cells; one lies at the lower edge, below the grid's end, and is
     white too.
 
-    Returns
-    -------
-    dict
-        ``file`` (path), ``places`` (label to list of (y, x), in pixels), ``kept``
-        (label to the set of (y, x) of the training patches), ``scans`` (label to the
-        raw scan), ``targets`` (list of int), ``side``.
+    Returns ``file``, ``places`` (label to list of (y, x), px), ``kept`` (label to the
+    set of (y, x) of the training patches), ``scans`` (label to the raw scan),
+    ``targets`` and ``side``.
     """
     import h5py
 
@@ -131,12 +135,8 @@ def tcga(folder, n_slides=4, size=128, seed=0):
     Half of the slides are from each of two source sites, so of two projects. The
     slides are real pyramids; their pixels are phantoms.
 
-    Returns
-    -------
-    dict
-        ``slides`` (folder of the slides), ``mosaics`` (folder of one Parquet file a
-        slide), ``sites`` (path of a table of source sites), ``projects`` (slide name to
-        project).
+    Returns ``slides`` and ``mosaics`` (folders), ``sites`` (path of a table of source
+    sites) and ``projects`` (slide name to project).
     """
     folder = Path(folder)
     made, named = folder / "phantoms", folder / "slides"
@@ -149,13 +149,7 @@ def tcga(folder, n_slides=4, size=128, seed=0):
         (made / file).rename(named / f"{name}.svs")
         projects[name] = project
     sites = folder / "sites.tsv"
-    sites.write_text(
-        "TSS Code\tSource Site\tStudy Name\tBCR\n"
-        "05\tIndivumed\tLung adenocarcinoma\tIGC\n"
-        "18\tPrincess Margaret Hospital (Canada)\tLung squamous cell carcinoma\tNCH\n"
-        "NA\tnowhere\tUterine Carcinosarcoma\tNCH\n"
-        "07\tTGen\tCell Line Control\tIGC\n"
-    )
+    sites.write_text(SITES)
     with ThreadPoolExecutor(1) as executor:
         extract_mosaics(
             slide_table(named), folder / "mosaics", executor, progress=False,

@@ -170,6 +170,7 @@ def tcga(tmp_path_factory):
     return miniatures.tcga(tmp_path_factory.mktemp("tcga"))
 
 
+@pytest.mark.slow
 def test_tcga_patches_get_their_slides_project(tcga):
     mosaics = read_mosaics(tcga["mosaics"])
     assert mosaics["in_mosaic"].all() and mosaics["slide"].nunique() == 4
@@ -188,6 +189,7 @@ def test_tcga_patches_get_their_slides_project(tcga):
     assert 0 < len(some) < len(table) and some["slide"].nunique() == 4
 
 
+@pytest.mark.slow
 def test_a_slide_table_beside_tcga_slides(tcga, tmp_path):
     names = list(tcga["projects"])
     listed = pd.DataFrame(
@@ -243,12 +245,10 @@ def test_slides_without_a_label_or_listed_twice():
         weak_labels(toy(), twice)
 
 
-def test_source_sites_and_their_projects(tcga):
-    assert projects_of_sites(tcga["sites"]) == {
-        "05": "LUAD",
-        "18": "LUSC",
-        "NA": "UCS",
-    }
+def test_source_sites_and_their_projects(tmp_path):
+    (tmp_path / "sites.tsv").write_text(miniatures.SITES)
+    found = projects_of_sites(tmp_path / "sites.tsv")
+    assert found == {"05": "LUAD", "18": "LUSC", "NA": "UCS"}
 
 
 @pytest.mark.tissue
@@ -259,6 +259,7 @@ def test_every_study_of_the_site_table_is_known(monuseg):
     assert (projects["05"], projects["02"], projects["NA"]) == ("LUAD", "GBM", "UCS")
 
 
+@pytest.mark.slow
 def test_mosaics_from_one_file_or_from_nowhere(tcga, tmp_path):
     folder = read_mosaics(tcga["mosaics"])
     folder.to_csv(tmp_path / "all.csv", index=False)
