@@ -80,7 +80,7 @@ def curve(found, rule):
     if "risk_coverage" in found:
         points = found["risk_coverage"][rule]
         return points["coverage"], points["risk"]
-    row = found["trust"][rule]
+    row = found["selective"][rule]
     pairs = [(1.0, row["error_of_all"]["score"])]
     for aim in ("at_20", "at_30"):
         if isinstance(row[f"risk_{aim}"], dict):
@@ -98,7 +98,7 @@ def draw_risk(found):
         for rule, (name, colour, dashes) in rules.items():
             points = curve(found, f"{system}_{rule}")
             ax.plot(*points, color=colour, ls=dashes, lw=1.8, marker=".", label=name)
-        everything = found["trust"][f"{system}_agreement"]["error_of_all"]["score"]
+        everything = found["selective"][f"{system}_agreement"]["error_of_all"]["score"]
         ax.axhline(everything, color="0.5", lw=1, ls=":", label="no abstention")
         ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="coverage: share of queries answered")
         ax.set_title(title, size=11)
