@@ -183,7 +183,7 @@ def score(values, patients, labels=None, *, n_boot=2000, seed=0) -> dict:
     }  # fmt: skip
 
 
-def compare(a, b, patients=None, *, n_flips=10_000, seed=0) -> dict:
+def compare(a, b, patients=None, *, n_flips=20_000, seed=0) -> dict:
     """Compare two systems on the same queries: mean over patients of their mean a - b.
 
     ``p`` is that of a sign-flip test: under the null hypothesis a patient's difference
@@ -216,12 +216,11 @@ def compare(a, b, patients=None, *, n_flips=10_000, seed=0) -> dict:
     if len(each) < 2:
         nothing = dict.fromkeys(("low", "high", "p", "detectable"), float("nan"))
         return {"difference": float(each.mean()), "n": len(each)} | nothing
-    # sums that are equal but for rounding count as equal
     flipped = stats.permutation_test(
-        (np.round(each, 12),), lambda x, axis: x.mean(axis=axis), vectorized=True,
+        (np.round(each, 12),),  # means that are equal but for rounding count as equal
+        lambda x, axis: abs(x.mean(axis=axis)), alternative="greater", vectorized=True,
         permutation_type="samples", n_resamples=n_flips,
-        batch=max(1, _CELLS // len(each)),
-        rng=np.random.default_rng(seed),
+        batch=max(1, _CELLS // len(each)), rng=np.random.default_rng(seed),
     )  # fmt: skip
     low, high = bootstrap_ci(each, seed=seed)
     return {
