@@ -20,7 +20,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))["project"]
 
 MAY_IMPORT_TORCH = {
     *("networks", "losses", "loaders", "batches", "encoders", "training", "tuning"),
-    "classifiers",
     "stains",
 }
 PACKAGE = ROOT / "histo_utils"

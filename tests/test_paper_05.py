@@ -1,4 +1,4 @@
-"""KimiaNet's paper profile: two steps on a miniature of TCGA; its published counts."""
+"""KimiaNet's paper profile on a miniature of TCGA; its published counts."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("paper-05")
     tcga = miniatures.tcga(folder / "tcga", n_slides=6)
     names = list(tcga["projects"])
-    # one patient of each project trains, one chooses, one is asked
+    # one patient of each project for training, validation and test
     splits = ["train", "train", "validation", "validation", "test", "test"]
     pd.DataFrame({"slide": names, "split": splits}).to_csv(
         folder / "slides.csv", index=False
@@ -33,10 +33,7 @@ def run(tmp_path_factory):
         "sites": str(tcga["sites"]),
         "weights": "random",
         "input_size": 32,
-        "batch_sizes": [2, 2, 2, 2],
-        "epochs": [1, 1, 1, 1],
-        "others": ["IV"],
-        "steps": 2,
+        "configurations": {"I": [1, 2], "IV": [1, 2]},
         "workers": 0,
         "precision": "32-true",
         "results": str(folder / "results.json"),
@@ -44,22 +41,20 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HISTO_CACHE", str(folder / "cache"))
         papermill.execute_notebook(
-            NOTEBOOK,
-            folder / "out.ipynb",
-            PROFILE | small,
-            cwd=ROOT,
+            NOTEBOOK, folder / "out.ipynb", PROFILE | small, cwd=ROOT,
             progress_bar=False,
-        )
+        )  # fmt: skip
     return json.loads((folder / "results.json").read_text()), folder
 
 
-def test_two_steps_on_a_miniature(run):
+@pytest.mark.slow
+def test_the_paper_profile_on_a_miniature(run):
     result, folder = run
     assert result["provenance"]["profile"] == "paper"
     scores = result["scores"]
     assert {"i_most_cellular", "i_random", "iv_most_cellular"} < scores.keys()
-    asked = scores["frozen_start"]["P@1"]
-    assert asked["n"] == 2 < asked["queries"], "patches of the two test slides"
+    whole = scores["frozen_start"]["P@1"]
+    assert whole["n"] == 2 < whole["queries"], "patches of the two test slides"
     # I twice (cellular, random), IV, and I pooled after the ReLU
     assert len(list((folder / "cache" / CHAPTER).iterdir())) == 4
     assert [row["rate"] for row in result["tried_rates"]] == PROFILE["rates"]
