@@ -53,7 +53,7 @@ def test_the_paper_profile_on_a_miniature(run):
     assert result["provenance"]["profile"] == "paper"
     scores = result["scores"]
     assert {"i_most_cellular", "i_random", "iv_most_cellular"} < scores.keys()
-    whole = scores["frozen_start"]["P@1"]
+    whole = scores["frozen_baseline"]["P@1"]
     assert whole["n"] == 2 < whole["queries"], "patches of the two test slides"
     # I twice (cellular, random), IV, and I pooled after the ReLU
     assert len(list((folder / "cache" / CHAPTER).iterdir())) == 4
