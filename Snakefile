@@ -3,7 +3,7 @@
 #     snakemake --cores 2 -q host rules progress --keep-going --config profile=tissue
 #
 # `make book` calls it. Chapters load or make what they need, so none waits for another
-# but chapter 09, which compares the encoders that others trained.
+# but 09, which compares the encoders that others trained, and 11, which takes 06's.
 
 import sys
 from pathlib import Path
@@ -18,10 +18,10 @@ def profile_file(wildcards):
 
 
 def trained_before(wildcards):
-    """Chapter 09 compares the encoders that the chapters on papers saved."""
-    if not wildcards.chapter.startswith("09_"):
-        return []
-    papers = [name for name in CHAPTERS if "04" <= name[:2] <= "08"]
+    """Chapter 09 compares the encoders that 04 to 08 saved, 11 takes 06's vectors."""
+    needed = {"09": ("04", "05", "06", "07", "08"), "11": ("06",)}
+    before = needed.get(wildcards.chapter[:2], ())
+    papers = [name for name in CHAPTERS if name[:2] in before]
     return expand("_build/executed/{profile}/{chapter}.ipynb", profile=wildcards.profile, chapter=papers)
 
 

@@ -9,6 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from histo_utils.embeddings import Embeddings
 from histo_utils.patches import read_patch
@@ -71,6 +76,32 @@ def nuclear_area(table: pd.DataFrame) -> Embeddings:
     ``mpp`` (µm per pixel) is that of the table; errors as `mean_rgb` and `cellularity`.
     """
     return _embed(table, lambda image, mpp: [cellularity(image, mpp)])
+
+
+def scaled_axes():
+    """Standardise vectors and turn them onto their principal axes, all of them.
+
+    An L2 penalty does not see a rotation: where there are fewer rows than numbers in a
+    vector, the same logistic regression is only faster.
+    """
+    return make_pipeline(StandardScaler(), PCA(svd_solver="full"))
+
+
+@threadpool_limits.wrap(limits=1)  # small fits: threads cost more than they help
+def logistic_probe(embeddings, split, c_values) -> np.ndarray:
+    """Labels of a split's test patches, predicted by L2 logistic regression.
+
+    Scale and axes are the gallery's. The constant is the smallest of those with the
+    best validation accuracy when fitted on the training patches; the classifier is then
+    fitted on the whole gallery. ``split``: `protocols.Split`.
+    """
+    x, y = embeddings.vectors.astype(float), embeddings.table["label"].to_numpy()
+    x = scaled_axes().fit(x[split.gallery]).transform(x)
+    models = [LogisticRegression(C=c, max_iter=500, tol=1e-3) for c in sorted(c_values)]
+    train, validation = ((x[m], y[m]) for m in (split.train, split.validation))
+    right = [model.fit(*train).score(*validation) for model in models]
+    best = models[int(np.argmax(right))].fit(x[split.gallery], y[split.gallery])
+    return best.predict(x[split.test])
 
 
 def _histograms(table, bins, n, root, bin_of):

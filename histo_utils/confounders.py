@@ -11,6 +11,7 @@ from scipy import stats
 
 from histo_utils import protocols, statistics
 from histo_utils.embeddings import Embeddings
+from histo_utils.patches import assign_folds
 
 RULES = ("colour", "preparation", "related", "ambiguous")
 
@@ -275,6 +276,26 @@ def rule_scores(missed: pd.DataFrame) -> dict:
         if f"chance_{rule}" in missed:
             found[rule]["at_random"] = float(missed[f"chance_{rule}"].mean())
     return found
+
+
+def folds_by_unit(embeddings, unit, c=0.001, seed=0, **space) -> pd.DataFrame:
+    """Outcomes of all patches in five folds that keep a unit (a column) whole.
+
+    With ``protocol``: ``neighbour`` (``space``: its metric) and ``linear SVM`` (constant
+    ``c``). Folds of files leave duplicates of one tile on both sides, folds of tiles do
+    not; ``patient``, the unit of n, is the slide.
+    """
+    folded = embeddings.table.assign(patient=embeddings.table[unit])
+    folded["fold"] = assign_folds(folded, 5, seed=seed)
+    made = Embeddings(embeddings.vectors, folded)
+    found = [protocols.patient_folds(made, 1, **space).assign(protocol="neighbour")]
+    for fold in range(5):
+        test = (folded["fold"] == fold).to_numpy()
+        pair = made.take(~test), made.take(test)
+        said = protocols.linear_probe(*pair, [c], seed=seed)
+        found.append(said.assign(query=np.flatnonzero(test), protocol="linear SVM"))
+    found = pd.concat(found).sort_values(["protocol", "query"], ignore_index=True)
+    return found.assign(patient=folded["slide"].to_numpy()[found["query"]])
 
 
 def _same(table, name):

@@ -264,7 +264,7 @@ def _checked(vectors, y, patients, folds, n_splits, seed, status=False):
     values = pd.Series(y).groupby(patients).nunique()
     if status and (not np.isin(y, (0, 1)).all() or values.max() > 1):
         raise ValueError(
-            f"the status holds {sorted(set(y))}, patient {values.idxmax()} has "
+            f"the status holds {sorted(set(y.tolist()))}, patient {values.idxmax()} has "
             f"{values.max()} values; expected 0 and 1, one status per patient"
         )
     if folds is None:

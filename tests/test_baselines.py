@@ -2,8 +2,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
+from histo_utils import baselines
 from histo_utils.baselines import grey_histogram, mean_rgb, nuclear_area, rgb_histogram
+from histo_utils.embeddings import Embeddings
+from histo_utils.protocols import Split
 from histo_utils.stains import cellularity
 
 SIZE, MPP = 64, 0.5
@@ -79,3 +85,31 @@ def test_bad_input(table):
     for bins in (0, 257):
         with pytest.raises(ValueError, match=f"bins={bins}; expected 1 to 256"):
             rgb_histogram(table, bins)
+
+
+def probed(y, c_values, gap=1.5):
+    """Predictions for the last of three parts: training, validation, test."""
+    rng, part = np.random.default_rng(0), np.arange(60) // 20
+    x = rng.standard_normal((60, 90)).astype(np.float32)
+    truth = np.array(["a", "b", "c"])[np.arange(60) % 3]
+    x[:, 0] += gap * (truth == "b")
+    x[:, 1] += gap * (truth == "c")
+    split = Split("organ", part == 0, part == 1, part < 2, part == 2)
+    made = Embeddings(x, pd.DataFrame({"label": truth if y is None else y}))
+    return baselines.logistic_probe(made, split, c_values), made, split
+
+
+def test_logistic_probe_is_the_plain_classifier_and_never_sees_test_labels():
+    said, made, split = probed(None, [0.01])
+    plain = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
+    x, y = made.vectors, made.table["label"].to_numpy()
+    expected = plain.fit(x[split.gallery], y[split.gallery]).predict(x[split.test])
+    assert (said == expected).mean() > 0.94  # solvers stop a little apart
+    other = np.where(split.test, "a", y)
+    assert (probed(other, [1e-4, 0.01])[0] == probed(None, [1e-4, 0.01])[0]).all()
+
+
+def test_logistic_probe_takes_the_smallest_of_equally_good_constants():
+    wide = {"gap": 50.0}
+    many, one = (probed(None, c, **wide)[0] for c in ([10.0, 1.0, 5.0], [1.0]))
+    assert (many == one).all()

@@ -193,3 +193,38 @@ def test_batch_correction_equals_a_loop(bench_archive):
     assert (of["none", "label"] == metrics.accuracy(plain, per_query=True)).all()
     found = confounders.batch_correction(images, "site", metric="euclidean")
     assert pd.unique(found["system"]).tolist() == ways[:2]
+
+
+def copied(n_tiles=60, times=4):
+    """Tiles of two classes whose vectors say nothing of the class, and duplicates."""
+    rng = np.random.default_rng(0)
+    tile = np.repeat(np.arange(n_tiles), times)
+    vectors = rng.standard_normal((n_tiles, 32))[tile]
+    vectors = vectors + 0.1 * rng.standard_normal((len(tile), 32))
+    table = pd.DataFrame({
+        "image": [f"{i}.png" for i in range(len(tile))], "slide": tile.astype(str),
+        "label": np.array(["a", "b"])[tile % 2],
+    })  # fmt: skip
+    return Embeddings(vectors.astype(np.float32), table)
+
+
+def test_a_split_by_file_finds_duplicates_and_a_split_by_tile_does_not():
+    made, how = copied(), {"metric": "euclidean"}
+    tile = made.table["slide"].to_numpy()
+    files, tiles = (
+        confounders.folds_by_unit(made, u, **how) for u in ("image", "slide")
+    )
+    own = {}
+    for name, found in {"file": files, "tile": tiles}.items():
+        near = found[found["protocol"] == "neighbour"]
+        own[name] = (tile[confounders.nearest(near)] == near["patient"]).mean()
+        assert near["patient"].nunique() == 60  # tiles, not images
+    assert own["file"] > 0.95 and own["tile"] == 0
+    score = {
+        (name, way): metrics.accuracy(part)
+        for name, found in {"file": files, "tile": tiles}.items()
+        for way, part in found.groupby("protocol")
+    }
+    assert score["file", "neighbour"] >= own["file"]
+    assert 0.25 < score["tile", "neighbour"] < 0.75
+    assert score["file", "linear SVM"] - score["tile", "linear SVM"] > 0.2

@@ -21,16 +21,17 @@ def test_the_paper_profile_says_what_is_known_and_marks_what_is_ours():
     text = (ROOT / "profiles" / "paper" / f"{NAME}.yaml").read_text("utf8")
     paper = yaml.safe_load(text)
     assert paper["network"] == "legacy_xception.tf_in1k" and paper["repeats"] == 50
-    assert (paper["input_size"], paper["front_stage"]) == (299, 0)
+    assert (paper["input_size"], paper["front_stage"]) == (299, -1)
     assert (paper["rates_1"][0], paper["rates_2"]) == (1e-3, [1e-4, 1e-5])
     cfg = timm.get_pretrained_cfg(paper["network"])
     assert cfg.mean == cfg.std == (0.5, 0.5, 0.5)
-    unknown = "held_out hidden dropout rates_1 rates_2 epochs patience batch_size"
-    for name in (*unknown.split(), "seeds", "c_values", "patch_c", "input_size"):
+    unknown = "held_out turns rates_1 rates_2 epochs patience batch_size"
+    for name in (*unknown.split(), "seeds", "c_values", "input_size"):
         line = next(line for line in text.splitlines() if line.startswith(f"{name}:"))
         assert "# ours" in line
 
 
+@pytest.mark.slow
 def test_two_steps_of_the_paper_profile(tmp_path, monkeypatch):
     monkeypatch.setenv("HISTO_CACHE", str(tmp_path / "cache"))
     place = nct_crc(tmp_path, n_train=3, n_test=2)
@@ -38,15 +39,15 @@ def test_two_steps_of_the_paper_profile(tmp_path, monkeypatch):
     small = {
         "dataset": str(place), "weights": "random", "input_size": 71, "held_out": 0.34,
         "batch_size": 4, "steps": 2, "epochs": [1, 1], "seeds": [0], "workers": 0,
-        "precision": "32-true", "repeats": 2, "n_boot": 20, "c_values": [0.01],
-        "results": str(tmp_path / "found.json"),
+        "precision": "32-true", "repeats": 2, "turns": [0], "n_boot": 20,
+        "c_values": [0.01], "results": str(tmp_path / "found.json"),
     }  # fmt: skip
     papermill.execute_notebook(
         str(ROOT / "notebooks" / f"{NAME}.ipynb"), str(tmp_path / "out.ipynb"),
         parameters=paper | small, progress_bar=False, cwd=str(ROOT),
     )  # fmt: skip
     found = json.loads((tmp_path / "found.json").read_text())
-    sizes = {"train": 17, "choose": 10, "gallery": 27, "test": 18}
+    sizes = {"train": 17, "validation": 10, "gallery": 27, "test": 18}
     assert found["sizes"] == {"organ, split 0": sizes}
     frozen, after_1, after_2 = found["hashes"]
     assert frozen == after_1 != after_2
@@ -63,7 +64,7 @@ def test_two_steps_of_the_paper_profile(tmp_path, monkeypatch):
     np.testing.assert_allclose(recalls, right)
     score = found["scores"]["organ, logistic regression, FTX"]
     assert score["score"] == pytest.approx(np.mean(right)) and score["queries"] == 18
-    steps = list((tmp_path / "cache" / NAME).glob("*/last.pt"))
+    steps = list((tmp_path / "cache/06_two_steps").glob("*/last.pt"))
     assert len(steps) == 2
     for path in steps:
         optimizer = torch.load(path, weights_only=True)["optimizer"]
