@@ -281,9 +281,9 @@ def rule_scores(missed: pd.DataFrame) -> dict:
 def folds_by_unit(embeddings, unit, c=0.001, seed=0, **space) -> pd.DataFrame:
     """Outcomes of all patches in five folds that keep a unit (a column) whole.
 
-    With ``protocol``: ``neighbour`` (``space``: its metric) and ``linear SVM`` (constant
-    ``c``). Folds of files leave duplicates of one tile on both sides, folds of tiles do
-    not; ``patient``, the unit of n, is the slide.
+    With ``protocol``: ``neighbour`` (``space``: its metric) and ``linear SVM``
+    (constant ``c``). Folds of files leave duplicates of one tile on both sides, folds
+    of tiles do not; ``patient``, the unit of n, is the slide.
     """
     folded = embeddings.table.assign(patient=embeddings.table[unit])
     folded["fold"] = assign_folds(folded, 5, seed=seed)

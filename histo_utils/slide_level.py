@@ -38,8 +38,7 @@ def slide_means(embeddings) -> tuple[np.ndarray, pd.DataFrame]:
     Slides stand in order of first appearance, with the columns that have one value in
     every slide and ``patches``, their number. A slide of two patients is a ValueError.
     """
-    table = embeddings.table
-    groups = table.groupby("slide", sort=False)
+    groups = embeddings.table.groupby("slide", sort=False)
     values = groups.nunique(dropna=False)
     if (values["patient"] > 1).any():
         raise ValueError(
@@ -123,8 +122,8 @@ def predict_status(
                 line[:] = model.decision_function(x_held) - logit(y_fit.mean())
         return found
 
-    choices = [{"c": c} for c in c_values]
-    return _nested(x, y, patients, folds, n_splits, seed, scores, choices, status=True)
+    data = x, y, patients, folds, n_splits, seed
+    return _nested(*data, scores, [{"c": c} for c in c_values], status=True)
 
 
 def spearman(predictions, n_boot: int = 2000, seed: int = 0) -> dict:
@@ -264,14 +263,14 @@ def _checked(vectors, y, patients, folds, n_splits, seed, status=False):
     values = pd.Series(y).groupby(patients).nunique()
     if status and (not np.isin(y, (0, 1)).all() or values.max() > 1):
         raise ValueError(
-            f"the status holds {sorted(set(y.tolist()))}, patient {values.idxmax()} has "
+            f"the status holds {np.unique(y).tolist()}, patient {values.idxmax()} has "
             f"{values.max()} values; expected 0 and 1, one status per patient"
         )
     if folds is None:
         folds = _assigned(patients, y if status else np.zeros(n), n_splits, seed)
     several = pd.Series(np.asarray(folds)).groupby(patients).nunique()
-    count = len(np.unique(folds))
-    if count < 2 or several.max() > 1 or x.shape[:-2] not in ((), (count,)):
+    fits = x.shape[:-2] in ((), (count := len(np.unique(folds)),))
+    if count < 2 or several.max() > 1 or not fits:
         raise ValueError(
             f"{count} folds, patient {several.idxmax()} in {several.max()}, vectors "
             f"{x.shape}; expected two folds or more of whole patients "

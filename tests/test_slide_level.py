@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 from sklearn.linear_model import Ridge
 
-from histo_utils import slide_level
 from histo_utils.embeddings import Embeddings
 from histo_utils.slide_level import (
     auroc,
@@ -42,13 +41,6 @@ def with_chosen_features(x, y, patients, folds, **_):
     return pd.concat(parts).sort_values("row", ignore_index=True)
 
 
-def with_chosen_penalty(x, y, patients, folds, alphas, l1_ratios):
-    """Predict with a smaller leak: one penalty, the best on the test rows."""
-    how = {"folds": folds, "l1_ratios": l1_ratios}
-    runs = [predict_value(x, y, patients, alphas=[a], **how) for a in alphas]
-    return max(runs, key=lambda run: spearman(run, n_boot=1)["score"])
-
-
 def sees_its_test_rows(predict, x, y):
     """Whether a fold's scores change when that fold's own outcomes do."""
     before = predict(x, y, PATIENTS, folds=FOLDS, **FEW)
@@ -67,9 +59,9 @@ def test_no_model_sees_the_outcomes_that_it_predicts():
     y = x[:, :20] @ rng.standard_normal(20) / 8 + rng.standard_normal(N)
     assert not sees_its_test_rows(predict_value, x, y)
     assert sees_its_test_rows(with_chosen_features, x, y)
-    assert sees_its_test_rows(with_chosen_penalty, x, y)
 
 
+@pytest.mark.slow
 def test_no_model_sees_the_statuses_that_it_predicts():
     rng = np.random.default_rng(1)
     x = made(rng)
@@ -142,18 +134,6 @@ def test_planted_signal_is_found():
     status = auroc(predict_status(x, signal > 0, PATIENTS))
     assert status["score"] > 0.8 and status["low"] > 0.6
     assert (status["n"], status["positive"]) == (N, int((signal > 0).sum()))
-
-
-@pytest.mark.slow
-def test_status_that_is_noise_stays_at_chance():
-    rng = np.random.default_rng(10)
-    x, found = rng.standard_normal((N, 1)), []
-    for seed in range(20):
-        y = rng.permutation(N) < 16
-        run = predict_status(x, y, PATIENTS, seed=seed)
-        assert (run["score"][run["c"] == 0] == 0).all()  # declined
-        found.append(auroc(run, n_boot=1)["score"])
-    assert abs(np.mean(found) - 0.5) < 0.08
 
 
 def test_a_model_without_weights_gives_the_share_of_its_training_part():
@@ -252,26 +232,16 @@ def test_auroc_by_hand_over_patients():
     assert [auroc(flat)[k] for k in ("score", "low", "high")] == [0.5] * 3
 
 
-def test_bootstrap_intervals_by_loops():
+def test_the_interval_of_the_auroc_by_loops():
     rng = np.random.default_rng(8)
     observed = np.repeat([0, 1], [12, 9])
-    outcomes = pd.DataFrame({"patient": np.arange(21), "observed": observed})
-    outcomes["score"] = scores = observed + rng.standard_normal(21)
-    draws = []
+    scores, draws = observed + rng.standard_normal(21), []
     for _ in range(2000):
         ill, well = rng.choice(scores[12:], 9), rng.choice(scores[:12], 12)
         draws.append(np.mean(ill[:, None] > well) + np.mean(ill[:, None] == well) / 2)
-    found = auroc(outcomes)
-    expected = np.quantile(draws, [0.025, 0.975])
-    np.testing.assert_allclose([found["low"], found["high"]], expected, atol=0.03)
-    values = outcomes.assign(observed=rng.standard_normal(21) + scores)
-    draws = []
-    for _ in range(500):
-        part = values.iloc[rng.integers(0, 21, 21)]
-        draws.append(part["observed"].corr(part["score"], method="spearman"))
-    found = spearman(values)
-    expected = np.quantile(draws, [0.025, 0.975])
-    np.testing.assert_allclose([found["low"], found["high"]], expected, atol=0.06)
+    rows = {"patient": np.arange(21), "observed": observed, "score": scores}
+    found, ends = auroc(pd.DataFrame(rows)), np.quantile(draws, [0.025, 0.975])
+    np.testing.assert_allclose([found["low"], found["high"]], ends, atol=0.03)
 
 
 def test_slide_means_by_hand():
@@ -312,26 +282,6 @@ def test_planted_outcomes_know_their_truth(phantoms):
     assert found.equals(planted_outcomes(again, folder, seed=1, n_tied=3, n_noise=6))
 
 
-def test_the_known_truth_as_a_vector_predicts_what_was_planted(phantoms):
-    """What a perfect encoder would reach."""
-    folder, slides = phantoms
-    again = pd.concat([slides] * 5, ignore_index=True)
-    again["patient"] = [f"P{i}" for i in range(40)]
-    found = planted_outcomes(again, folder, n_tied=2, n_noise=4)
-    noise = np.random.default_rng(0).standard_normal((40, 5))
-    truth = np.column_stack([found["nuclei_share"], noise])
-    for name in found.filter(like="gene_"):
-        run = predict_value(truth, found[name], found["patient"], **FEW)
-        rho = spearman(run, n_boot=1)["score"]
-        assert rho > 0.7 if "tied" in name else rho < 0.4
-    label = pd.get_dummies(again["label"]).to_numpy(float)
-    tied, noise = (
-        auroc(predict_status(label, found[name], found["patient"]))["score"]
-        for name in ("mutation_tied", "mutation_noise")
-    )
-    assert tied > 0.8 and 0.2 < noise < 0.7
-
-
 def test_bad_input_says_what_to_do():
     x, y, six = np.eye(6), np.arange(6.0), list("abcdef")
     cases = {
@@ -364,7 +314,3 @@ def test_bad_input_says_what_to_do():
         spearman(one)
     with pytest.raises(ValueError, match="label, nuclei_mask"):
         planted_outcomes(pd.DataFrame({"slide": ["s"], "patient": ["p"]}), ".")
-
-
-def test_the_default_penalties_let_a_model_decline():
-    assert slide_level.ALPHAS[0] == 1.0 and slide_level.C_VALUES[0] == 0.0
