@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-from sklearn.metrics import average_precision_score, balanced_accuracy_score
+from sklearn.metrics import balanced_accuracy_score
 
 from histo_utils.embeddings import Embeddings
 from histo_utils.metrics import (
@@ -88,19 +88,6 @@ def test_map_at_r_equals_loops(seed):
                 total += right / (i + 1)
         expected.append(total / row.relevant)
     np.testing.assert_allclose(map_at_r(out, per_query=True), expected, atol=1e-12)
-
-
-@settings(max_examples=30, deadline=None)
-@given(cases, st.integers(2, 8))
-def test_average_precision_equals_scikit_learn(seed, k):
-    out = outcomes_of(seed)
-    values = mean_average_precision(out, k, per_query=True)
-    for row, value in zip(out.itertuples(), values, strict=True):
-        hits = row.neighbour_labels[:k] == row.label
-        if hits.any():
-            assert value == pytest.approx(average_precision_score(hits, -np.arange(k)))
-        else:
-            assert value == 0
 
 
 @settings(max_examples=20, deadline=None)
