@@ -9,11 +9,9 @@ from histo_utils.encoders.encoder import Card, Encoder
 from histo_utils.encoders.published import load_published
 from histo_utils.encoders.registry import NETWORKS, build, frozen, fused, projected
 from histo_utils.encoders.saved import load, save
-from histo_utils.encoders.stored import stored
 from histo_utils.networks.projected import Pooled
 
 __all__ = [
     "NETWORKS", "Card", "Encoder", "Pooled", "build", "cache_key", "embed", "frozen",
     "fused", "identity", "inputs", "load", "load_published", "projected", "save",
-    "stored",
 ]  # fmt: skip
