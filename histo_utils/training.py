@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -36,8 +37,14 @@ class Fitted(NamedTuple):
 
 
 def run_folder(parent, settings) -> Path:
-    """Folder of the run with these settings: their hash, below ``parent``."""
-    text = json.dumps(plain(settings), sort_keys=True)
+    """Folder of the run with these settings and this code: their hash.
+
+    The code is what the package trains with, and the cells of the chapter that is being
+    run (``HISTO_CHAPTER``, set by tools/run_notebook.py).
+    """
+    code = provenance.code_hash("training", "encoders", "losses")
+    made_by = [plain(settings), code, os.environ.get("HISTO_CHAPTER", "")]
+    text = json.dumps(made_by, sort_keys=True)
     return Path(parent) / hashlib.sha256(text.encode()).hexdigest()[:20]
 
 

@@ -11,7 +11,9 @@ profile, commit and date into the copy's metadata (``histo``).
 """
 
 import argparse
+import ast
 import difflib
+import hashlib
 import json
 import os
 import subprocess
@@ -57,6 +59,18 @@ def origin(profile):
         "dirty": bool(changes),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def code_of(source):
+    """Hash a chapter's code without parameters and comments: its runs are kept by it."""
+    cells = [
+        "".join(cell["source"])
+        for cell in json.loads(source.read_text("utf8"))["cells"]
+        if cell["cell_type"] == "code"
+        and "parameters" not in cell["metadata"].get("tags", [])
+    ]
+    code = ast.dump(ast.parse("\n".join(cells)))
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
 def execute(source, part, parameters):
@@ -105,6 +119,7 @@ def run(name, profile, out):
     part, failed = (out.with_suffix(f".{s}.ipynb") for s in ("part", "failed"))
     failed.unlink(missing_ok=True)
     os.environ["HISTO_PROFILE"] = profile
+    os.environ["HISTO_CHAPTER"] = code_of(source)
     facts = origin(profile)
     error = execute(source, part, parameters)
     if error is not None:

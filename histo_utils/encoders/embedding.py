@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from histo_utils import provenance
 from histo_utils.embeddings import Embeddings, load_embeddings
 from histo_utils.encoders.encoder import Encoder
 from histo_utils.loaders import CachedMaps, PatchDataset, Turned, colour, outputs
@@ -152,8 +153,9 @@ class _Flat(torch.nn.Module):
 
 
 def cache_key(encoder, table, transform=None):
-    """Name a folder of vectors by encoder, pixels, image files and transform."""
+    """Name a folder of vectors by encoder, pixels, image files, transform and code."""
     digest = hashlib.sha256(encoder.fingerprint().encode())
+    digest.update(provenance.code_hash("encoders").encode())
     name = identity(colour if transform is None else transform)
     digest.update(name.encode())
     columns = [c for c in PIXEL_COLUMNS if c in table]
