@@ -147,9 +147,7 @@ def test_neither_hub_nor_file_names_the_remedy(monkeypatch, tmp_path):
 def test_unknown_names_get_the_nearest():
     with pytest.raises(ValueError, match="no network 'mobilnetv2_100'; nearest: mobil"):
         frozen("mobilnetv2_100", seed=0)
-    with pytest.raises(
-        ValueError, match=r"no weights .vgg16.tv.; it has vgg16"
-    ):
+    with pytest.raises(ValueError, match=r"no weights .vgg16.tv.; it has vgg16"):
         frozen("vgg16.tv", seed=0)
     with pytest.raises(ValueError, match="expected one"):
         frozen(SMALL, "file.safetensors", seed=0)

@@ -62,7 +62,7 @@ def origin(profile):
 
 
 def code_of(source):
-    """Hash a chapter's code without parameters and comments: its runs are kept by it."""
+    """Hash a chapter's code without parameters and comments; runs are kept by it."""
     cells = [
         "".join(cell["source"])
         for cell in json.loads(source.read_text("utf8"))["cells"]
