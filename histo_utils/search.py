@@ -84,8 +84,9 @@ class Archive:
         self.metric, self.rerank = metric, rerank
         _check_lengths(embeddings.vectors, metric, "gallery")
         self._centre = 0.0
-        if index == "flat":  # short vectors round less
-            self._centre = self._form(embeddings.vectors).mean(axis=0, dtype=float)
+        if index == "flat":  # any centre will do; short vectors round less
+            some = embeddings.vectors[:: max(1, len(embeddings) // 1000)]
+            self._centre = self._form(some).mean(axis=0, dtype=float)
         self._forms = self._form(embeddings.vectors)
         if index == "flat":
             self._squares = np.einsum("ij,ij->i", self._forms, self._forms)
@@ -156,7 +157,7 @@ class Archive:
         """Prepare what is compared first: packed bits, or centred (unit) vectors."""
         if self.index == "barcode":
             return np.packbits(minmax_barcode(vectors), axis=1)
-        forms, step = np.empty_like(vectors), max(1, _CELLS // self.embeddings.dim)
+        forms, step = np.empty(vectors.shape, np.float32), 1024
         for rows in (slice(i, i + step) for i in range(0, len(vectors), step)):
             part = vectors[rows].astype(np.float64)
             part = normalize(part) if self.metric == "cosine" else part
