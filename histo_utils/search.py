@@ -23,6 +23,7 @@ EXCLUSIONS = ("self", "touching", "slide", "patient")
 PATCH = ["image", "x", "y", "size"]  # columns that identify a patch
 _CELLS = 2**24  # pairs of query and gallery item held at once
 _PATCHES = 2**15  # of the gallery at once, in slide-to-slide search
+_ROWS = 512  # of the queries at once
 _RULES = {"median": np.median, "mean": np.mean}
 _ROUNDING = 2.0**-24  # of float32
 
@@ -302,11 +303,7 @@ def bag_distances(
     form, compare = {
         "hamming": (lambda bag: np.packbits(bag.astype(bool), axis=1), _hamming),
         "euclidean": (np.float64, cdist),
-        # products round by shape: without the last digits equal vectors are equally far
-        "cosine": (
-            lambda bag: normalize(bag.astype(float)),
-            lambda a, b: np.round(np.maximum(1 - a @ b.T, 0), 12),
-        ),
+        "cosine": (lambda bag: normalize(bag.astype(float)), lambda a, b: 1 - a @ b.T),
     }[metric]
     own = [form(bag) for bag in queries]
     theirs = own if alone else [form(bag) for bag in gallery]
@@ -320,9 +317,17 @@ def bag_distances(
     for mine, part in work:
         rows = np.concatenate([theirs[j] for j in part])
         starts = np.cumsum([0] + [len(theirs[j]) for j in part[:-1]])
-        for i in mine:
-            minima = np.minimum.reduceat(compare(own[i], rows), starts, axis=1)
-            distances[i, part] = _RULES[reduce](minima, axis=0)
+        # several queries at once: products of matrices are fast when they are large
+        sizes = np.array([len(own[i]) for i in mine])
+        run = np.cumsum(sizes) // _ROWS
+        for some in np.split(np.arange(len(mine)), np.flatnonzero(np.diff(run)) + 1):
+            block = compare(np.concatenate([own[mine[j]] for j in some]), rows)
+            minima = np.minimum.reduceat(block, starts, axis=1)
+            if metric == "cosine":  # products round by shape: equal vectors are equal
+                minima = np.round(np.maximum(minima, 0), 12)
+            ends = np.cumsum(sizes[some])[:-1]
+            for j, least in zip(some, np.split(minima, ends), strict=True):
+                distances[mine[j], part] = _RULES[reduce](least, axis=0)
     return distances
 
 
