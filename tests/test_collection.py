@@ -326,16 +326,3 @@ def test_the_atlas_shows_what_can_be_searched():
     shown, _, _ = choose(Embeddings(np.ones((4, 2), np.float32), pd.DataFrame(
         {"slide": list("ssts"), "patient": list("ppqp")})))  # fmt: skip
     assert set(shown.table["label"]) == {"not labelled"} and len(shown) == 4
-
-
-@pytest.mark.tissue
-def test_mpp_of_the_real_slides(real_slides, weights, tmp_path):
-    with ThreadPoolExecutor(1) as pool:
-        done = index_slides(
-            real_slides, tmp_path / "out", encoder=SMALL, weights=weights, mpp=0.5,
-            executor=pool, progress=False,
-        )  # fmt: skip
-    report = done.report.set_index("slide")
-    assert report["mpp_source"].tolist() == ["vendor", "given"]
-    assert report["mpp"].tolist() == [0.499, 0.5]
-    assert report["patches"].min() >= 9

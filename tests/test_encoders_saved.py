@@ -74,19 +74,6 @@ def test_a_loaded_encoder_gives_the_same_vectors(recipe, tmp_path):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["mixed_attention_se_resnet50", "branched_attention_resnet50", "abe_m"]
-)
-def test_the_large_networks_travel_too(name, tmp_path):
-    encoder = an_encoder({"network": name}, dimension=512)
-    found = encoders.load(encoders.save(encoder, tmp_path / "e"))
-    x = images(side=224)
-    made = vectors(found, x)
-    assert made.shape == (2, 512) and torch.equal(made, vectors(encoder, x))
-    np.testing.assert_allclose(made.norm(dim=1), 1, atol=1e-5)
-
-
 def test_joined_cosines_are_the_mean_of_the_learners():
     class Two(torch.nn.Module):
         def forward(self, x):

@@ -74,16 +74,6 @@ def test_multi_similarity_against_a_loop(seed):
     assert found == pytest.approx(expected, abs=1e-12)
 
 
-def test_where_every_anchor_counts_the_library_agrees(known):
-    from pytorch_metric_learning import losses, miners
-
-    arrays, _ = known
-    x, y = torch.tensor(arrays["C_hard_x"]), torch.tensor(arrays["C_hard_y"])
-    mined = miners.MultiSimilarityMiner(0.2)(x, y)
-    theirs = losses.MultiSimilarityLoss(2, 5, 0.5)(x, y, mined).item()
-    assert theirs == pytest.approx(MultiSimilarityLoss()(x, y).item(), abs=1e-9)
-
-
 each_loss = pytest.mark.parametrize("loss", [MultiSimilarityLoss(), ContrastiveLoss()])
 
 

@@ -23,7 +23,7 @@ from histo_utils.metrics import (
     precision_at_k,
     recall_at_k,
 )
-from histo_utils.protocols import leave_one_out, train_gallery
+from histo_utils.protocols import leave_one_out
 
 cases = st.integers(0, 10**6)
 
@@ -105,19 +105,6 @@ def test_precision_and_map_at_r_equal_pytorch_metric_learning(seed):
     )
     out = leave_one_out(whole, largest - 1, metric="euclidean")
     their = judge.get_accuracy(torch.from_numpy(vectors), torch.from_numpy(labels))
-    assert precision_at_k(out) == pytest.approx(their[names[0]])
-    assert map_at_r(out) == pytest.approx(their[names[1]])
-    q, g = whole.take(np.arange(20)), whole.take(np.arange(20, 60))
-    if not set(labels[:20]) <= set(labels[20:]):
-        return
-    out = train_gallery(
-        q, g, np.bincount(labels[20:]).max(), metric="euclidean",
-        allow_shared_patients=True,
-    )  # fmt: skip
-    their = judge.get_accuracy(
-        torch.from_numpy(vectors[:20]), torch.from_numpy(labels[:20]),
-        torch.from_numpy(vectors[20:]), torch.from_numpy(labels[20:]),
-    )  # fmt: skip
     assert precision_at_k(out) == pytest.approx(their[names[0]])
     assert map_at_r(out) == pytest.approx(their[names[1]])
 

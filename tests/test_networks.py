@@ -59,8 +59,7 @@ def test_the_first_pool_rounds_up_and_has_no_border():
 
 
 @pytest.mark.parametrize(
-    ("build", "gate"),
-    [(BranchedAttentionResNet50, torch.sigmoid), (ABEM, torch.relu)],
+    ("build", "gate"), [(BranchedAttentionResNet50, torch.sigmoid), (ABEM, torch.relu)]
 )
 @pytest.mark.parametrize("value", [-2.0, 3.0])
 def test_what_closes_a_mask(build, gate, value):

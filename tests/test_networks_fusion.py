@@ -1,11 +1,9 @@
 """The LGFFEM neck, heads and blocks against golden values, counts and hand work."""
 
 import json
-from itertools import pairwise
 
 import numpy as np
 import pytest
-import timm
 import torch
 
 from histo_utils.encoders.checkpoints import fit_state
@@ -17,8 +15,6 @@ from histo_utils.networks.fusion import (
     LocalAggregator,
     LocalGlobalFusionNeck,
     MultiScaleGeMHead,
-    Projection,
-    ScaleHead,
 )
 from histo_utils.networks.published import published_name
 
@@ -86,28 +82,6 @@ def test_golden_head(toy, known):
     assert close(norms, torch.tensor(known["per_head_norms_toy"]).double(), 1e-6)
 
 
-def test_names_that_do_not_fit_are_listed(toy):
-    state, neck = dict(toy), toy_neck()
-    state["neck.neck_layer_0.p99.alpha"] = state.pop("neck.neck_layer_1.p3_1_weight")
-    before = {k: v.clone() for k, v in neck.state_dict().items()}
-    with pytest.raises(ValueError) as error:
-        load_published(neck, state, "neck.")
-    assert "1 unexpected (neck_layer_0.p99.alpha)" in str(error.value)
-    assert "1 missing (neck_layer_1.p3_1_weight)" in str(error.value)
-    assert all(torch.equal(v, before[k]) for k, v in neck.state_dict().items())
-    with pytest.raises(ValueError, match=r"missing \(neck_layer_2\."):
-        load_published(toy_neck(num_layers=3), toy, "neck.")
-    with pytest.raises(ValueError, match=r"h1\.bn\.\w+ \(12,\) where \(10,\) is exp"):
-        load_published(MultiScaleGeMHead(10), toy, "head.")
-
-
-def test_published_weights_in_the_corrected_neck_differ(toy):
-    neck = load_published(toy_neck(grn="channel"), toy, "neck.")
-    with torch.no_grad():
-        found = neck(maps(toy, "in"))
-    assert not close(found[0], toy["out_P0"], atol=1e-3)
-
-
 def test_golden_grn(blocks):
     outcomes = {"as_published": "original", "channel": "channel_mean_correct"}
     for mode, name in outcomes.items():
@@ -137,17 +111,6 @@ def test_golden_gem(blocks):
     for p, name in ((1, "p1"), (3, "p3"), (P, "p4_6")):
         found = GeM(p).double()(blocks["gem_in"])
         assert close(found, blocks[f"gem_out_{name}"], 1e-12)
-
-
-def test_gem_between_mean_and_maximum(blocks):
-    x = blocks["gem_in"]
-    clamped = x.clamp(min=1e-6)
-    assert close(GeM(1).double()(x), clamped.mean((2, 3)), 1e-15)
-    assert close(GeM(1, eps=0.5).double()(x), x.clamp(min=0.5).mean((2, 3)), 1e-15)
-    means = [GeM(p).double()(x) for p in (1, 3, 4.6, 200)]
-    assert all((b >= a).all() for a, b in pairwise(means))
-    largest = clamped.amax((2, 3))
-    assert close(means[-1], largest, 0.02 * largest.max().item())
 
 
 def test_a_fusion_node_is_a_weighted_mean():
@@ -213,19 +176,6 @@ def test_counts_and_shapes_of_the_papers_sizes(
     assert list(head(fused).shape) == expected["embedding"]
 
 
-def test_counts_of_the_blocks(known):
-    with torch.device("meta"):
-        found = {
-            "LocalAggregator(512)": LocalAggregator(512),
-            "LocalAggregator(512,up)": LocalAggregator(512, upsample=True),
-            "GlobalAggregator(512)": GlobalAggregator(512),
-            "GlobalAggregator(512,down)": GlobalAggregator(512, downsample=True),
-            "DownsampleInput(1024->512)": Projection(1024, 512),
-            "MiniHead(512)": ScaleHead(512, 4.6, 0.6),
-        }
-    assert {name: n_parameters(m) for name, m in found.items()} == known["blocks"]
-
-
 def test_every_parameter_learns(toy):
     neck, head = toy_neck("channel"), toy_head().train()
     head([x + 1 for x in neck(maps(toy, "in"))]).square().sum().backward()
@@ -255,14 +205,3 @@ def test_golden_sub_centre_arcface(blocks):
         found = loss(blocks["arcface_E"], blocks["arcface_y"]).item()
         expected = blocks[f"arcface_loss_scale{name}"].item()
         assert found == pytest.approx(expected, abs=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("name", "channels", "count"),
-    [("convnextv2_base", BASE, 87_690_752), ("convnextv2_tiny", TINY, 27_864_960)],
-)
-def test_counts_of_the_papers_backbones(name, channels, count):
-    with torch.device("meta"):
-        backbone = timm.create_model(f"{name}.fcmae", features_only=True)
-    assert tuple(backbone.feature_info.channels()) == channels
-    assert n_parameters(backbone) == count

@@ -202,15 +202,6 @@ def test_site_rules_colour_and_class_rules_texture(phantoms, scans):
     assert nearest_agrees(shape, label) >= 0.75
 
 
-@pytest.mark.slow
-def test_another_seed_gives_another_scan(phantoms, tmp_path):
-    folder, _ = phantoms
-    write_phantom_archive(tmp_path, n_scans=1, seed=1)
-    ours, theirs = hashes(tmp_path), hashes(folder)
-    made = [name for name in ours if "phantom_000" in name]
-    assert len(made) == 3 and all(ours[name] != theirs[name] for name in made)
-
-
 @pytest.mark.parametrize("nth", [1, 4, 10])
 def test_interrupted_run_resumes(tiny, tmp_path, monkeypatch, nth):
     """Stop at the nth rename (note, then 3 files a scan): same files in the end."""

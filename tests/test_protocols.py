@@ -4,6 +4,7 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.model_selection import StratifiedGroupKFold
 
 from histo_utils.embeddings import Embeddings, standardise
 from histo_utils.metrics import accuracy, eta_scores
@@ -181,14 +182,6 @@ def test_outcomes_agree_with_the_table(made, exclude):
         assert row.relevant == (allowed & (t["label"] == row.label)).sum()
 
 
-def test_relevant_without_touching_patches(made):
-    out = leave_one_out(made, 2, "touching")
-    t = made.table
-    for row in out.itertuples():
-        near = (abs(t["x"] - t["x"][row.query]) <= 1) & (t["slide"] == row.slide)
-        assert row.relevant == (~near & (t["label"] == row.label)).sum()
-
-
 def test_leave_one_patient_out_is_leave_one_out_by_patient(made):
     pd.testing.assert_frame_equal(
         leave_one_patient_out(made, 3), leave_one_out(made, 3, "patient")
@@ -207,13 +200,6 @@ def test_toy_scores_of_the_first_neighbour(golden):
         etas = eta_scores(out["label"], out["predicted"], 5)
         np.testing.assert_allclose(etas, expected[key], rtol=1e-12)
         assert out["patient"].isna().all()
-
-
-def test_permuting_the_archive_changes_no_prediction(made):
-    order = np.random.default_rng(1).permutation(len(made))
-    first = leave_one_patient_out(made, 5)
-    second = leave_one_patient_out(made.take(order), 5)
-    assert second["predicted"].tolist() == first["predicted"][order].tolist()
 
 
 def test_standardised_uses_the_gallery(made):
@@ -339,20 +325,17 @@ def test_probe_chooses_its_constant_on_training_patients_only(made):
 
 
 def test_probe_keeps_groups_whole(monkeypatch, made):
-    from histo_utils import protocols
-
     test, train = made.take(made.table["fold"] == 0), made.take(made.table["fold"] > 0)
-    patient, seen = train.table["patient"].to_numpy(), []
+    patient, torn, split = train.table["patient"], [], StratifiedGroupKFold.split
 
-    class Watch(protocols.StratifiedGroupKFold):
-        def split(self, x, y, groups):
-            for fit, held in super().split(x, y, groups):
-                seen.append(set(patient[fit]) & set(patient[held]))
-                yield fit, held
+    def watch(self, x, y, groups):
+        for fit, held in split(self, x, y, groups):
+            torn.append(set(patient[fit]) & set(patient[held]))
+            yield fit, held
 
-    monkeypatch.setattr(protocols, "StratifiedGroupKFold", Watch)
+    monkeypatch.setattr(StratifiedGroupKFold, "split", watch)
     linear_probe(train, test, (0.01, 0.1))
-    assert seen == [set()] * 5
+    assert torn == [set()] * 5
 
 
 def test_probe_bad_input(made):
@@ -428,12 +411,8 @@ def test_slide_search_ties_go_by_place_in_the_table():
     labels = ["a", "b", "b", "a"]
     table = pd.DataFrame({"slide": range(4), "patient": range(4), "label": labels})
     out = slide_search([bag] * 4, table, 3)
-    assert [row.tolist() for row in out["neighbours"]] == [
-        [1, 2, 3],
-        [0, 2, 3],
-        [0, 1, 3],
-        [0, 1, 2],
-    ]
+    found = [row.tolist() for row in out["neighbours"]]
+    assert found == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
     # Two labels, once each: the one met first.
     votes = slide_search([bag] * 4, table.assign(label=list("baab")), 2, "slide")
     assert votes["predicted"].tolist() == ["a", "b", "b", "b"]

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import tifffile
 
-from histo_utils.catalog import patch_table, slide_table
+from histo_utils.catalog import patch_table
 from histo_utils.patches import check_patches, read_patch
 from histo_utils.readers.class_folders import (
     NCT_CLASSES,
@@ -187,28 +187,6 @@ def test_tcga_patches_get_their_slides_project(tcga):
     assert read_patch(table.iloc[0]).shape == (128, 128, 3)
     some = table[table["high_cellularity"]]
     assert 0 < len(some) < len(table) and some["slide"].nunique() == 4
-
-
-@pytest.mark.slow
-def test_a_slide_table_beside_tcga_slides(tcga, tmp_path):
-    names = list(tcga["projects"])
-    listed = pd.DataFrame(
-        {
-            "file": [f"{name}.svs" for name in names],
-            "label": ["a", "a", "b", "b"],
-            "split": ["train", "train", "train", "test"],
-        }
-    )
-    for name in names:
-        (tmp_path / f"{name}.svs").symlink_to(tcga["slides"] / f"{name}.svs")
-    listed.to_csv(tmp_path / "slides.csv", index=False)
-    mosaics = read_mosaics(tcga["mosaics"])
-    table = check_patches(weak_labels(mosaics, slide_table(tmp_path)))
-    expected = dict(zip(names, listed["label"], strict=True))
-    assert (table["label"] == table["slide"].map(expected)).all()
-    assert set(table.loc[table["split"] == "test", "slide"]) == {names[3]}
-    assert (table["patient"] == table["slide"].str[:12]).all()
-    assert table["image"].str.startswith(str(tmp_path)).all()
 
 
 def toy(**columns):

@@ -93,26 +93,6 @@ def test_the_table_says_that_its_patients_are_in_both_splits(made):
     check_patches(table[table["split"] == "train"])
 
 
-@pytest.mark.parametrize("top", [0, 1, 3, 4, 9])
-@pytest.mark.parametrize("left", [0, 2, 5, 8])
-def test_cells_touched_by_a_white_square_at_any_place(top, left):
-    """Against a loop over all cells; the grid of 4 px has a rest of 1 and 2 px."""
-    side, height, width = 4, 13, 14
-    scan = np.full((height, width), 100, np.uint8)
-    scan[top : top + side, left : left + side] = 255
-    scan[10:13, 0:3] = 255  # white, but no whole square
-    expected = [
-        [
-            abs(y - top) < side and abs(x - left) < side
-            for x in range(0, width - side + 1, side)
-        ]
-        for y in range(0, height - side + 1, side)
-    ]
-    found = list(path24._strips(scan, side))
-    assert [y for y, _, _ in found] == [0, 4, 8]
-    assert [cells.tolist() for _, _, cells in found] == expected
-
-
 def test_an_interrupted_run_goes_on(tmp_path, made, monkeypatch):
     whole, truth, counts = made
     real, written = path24.save_png, []

@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.neighbors import NearestNeighbors
 
 from histo_utils import patches
 from histo_utils import search as module
@@ -116,39 +115,6 @@ def test_search_equals_loops_on_random_cases(
     assert ((ids == expected) | same).all()
     if metric == "hamming":
         np.testing.assert_array_equal(ids, expected)
-
-
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_search_equals_scikit_learn(metric):
-    gallery, queries = archive_of(500, 32), archive_of(50, 32, seed=1)
-    ids, distances = Archive(gallery, metric=metric).search(queries, 10)
-    nearest = NearestNeighbors(algorithm="brute", metric=metric)
-    nearest.fit(gallery.vectors.astype(float))
-    their, order = nearest.kneighbors(queries.vectors.astype(float), 10)
-    np.testing.assert_array_equal(ids, order)
-    np.testing.assert_allclose(distances, their, atol=1e-9)
-
-
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-@pytest.mark.parametrize("spread", [0.5, 3, 6])
-def test_rounding_of_the_candidates_never_reaches_the_answer(metric, spread):
-    rng = np.random.default_rng(0)
-    centre = np.array([[1000.0], [-1000.0]])[rng.integers(0, 2, 400)]
-    vectors = (centre + spread * rng.normal(size=(400, 16))).astype(np.float32)
-    archive = Archive(
-        Embeddings(vectors, pd.DataFrame({"label": range(400)})), metric=metric
-    )
-    right, rough = archive.search(vectors, 5), archive._rough
-
-    def noisy(forms):  # as wrong as float32 sums of d products may be
-        far, margin = rough(forms)
-        size = np.linalg.norm(forms, axis=1).max() ** 2 * forms.shape[1] / 2**24
-        return far + rng.uniform(-size, size, far.shape).astype(np.float32), margin
-
-    archive._rough = noisy
-    wrong = archive.search(vectors, 5)
-    np.testing.assert_array_equal(wrong.ids, right.ids)
-    np.testing.assert_array_equal(wrong.distances, right.distances)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean", "hamming"])
@@ -343,14 +309,6 @@ def test_exclusion_never_fails_silently():
     numbers = gallery.table.assign(patient=gallery.table["patient"].str[1:].astype(int))
     with pytest.raises(ValueError, match="integer in one table and string in the oth"):
         archive.search(Embeddings(gallery.vectors, numbers), 1, "patient")
-
-
-def test_odd_numbers_of_queries_and_neighbours():
-    gallery = archive_of()
-    found = Archive(gallery).search(gallery, np.int64(3), "self")
-    assert found.ids.shape == (60, 3)
-    found = Archive(gallery).search(gallery.take([]), 3, "patient")
-    assert found.ids.shape == (0, 3)
 
 
 def test_barcode_bits(golden):

@@ -58,12 +58,6 @@ def test_area_equals_loops_over_random_orders_of_ties():
     assert found == pytest.approx(loop_area(confidence, errors), abs=0.005)
 
 
-def test_a_constant_confidence_has_the_overall_error():
-    errors = np.array([1, 0, 0, 1, 0, 0, 0])
-    assert selective.area(np.full(7, 0.3), errors) == pytest.approx(2 / 7)
-    assert len(selective.risk_coverage(np.full(7, 0.3), errors)) == 1
-
-
 def test_area_depends_on_the_order_of_confidences_only():
     rng = np.random.default_rng(3)
     confidence, errors = rng.random(50), rng.random(50) < 0.3
@@ -147,11 +141,6 @@ def test_answers_are_those_of_the_protocol(bench_archive):
             assert np.array_equal(np.stack(part[column]), np.stack(protocol[column]))
         assert (part["wrong"] == (part["label"] != part["predicted"])).all()
         assert (part["answered"] == (part["confidence"] >= part["threshold"])).all()
-
-
-def test_a_patient_in_two_folds_is_refused(bench_archive):
-    with pytest.raises(ValueError, match="queries and gallery"):
-        selective.abstain(bench_archive, selective.closeness, [0.2], fold="x")
 
 
 def test_a_threshold_never_saw_its_fold(bench_archive):

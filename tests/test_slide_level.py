@@ -136,14 +136,6 @@ def test_planted_signal_is_found():
     assert (status["n"], status["positive"]) == (N, int((signal > 0).sum()))
 
 
-def test_a_model_without_weights_gives_the_share_of_its_training_part():
-    y = np.arange(N) % 5 < 2
-    alone = predict_status(np.random.default_rng(0).random((N, 2)), y, PATIENTS,
-                           c_values=[0])  # fmt: skip
-    np.testing.assert_allclose(alone["predicted"], 0.4, atol=0.03)
-    assert auroc(alone)["score"] == 0.5
-
-
 def test_slides_of_a_patient_are_kept_together():
     """Noise, but every patient has two equal slides: only a torn patient helps."""
     rng = np.random.default_rng(6)

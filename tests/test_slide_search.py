@@ -56,15 +56,6 @@ def test_bag_distances_equal_loops(seed, d, sizes, metric, reduce, together):
         np.testing.assert_array_equal(between, among[:2, 1:])
 
 
-def test_one_new_slide_against_the_golden_archive(golden):
-    toy = np.load(golden / "yottixel_loo_toy.npz")
-    bags = [toy[f"bob{i:02d}"] for i in range(18)]
-    for query in (0, 7, 17):
-        others = [i for i in range(18) if i != query]
-        row = bag_distances([bags[query]], [bags[i] for i in others])[0]
-        np.testing.assert_array_equal(row, toy["distance_matrix"][query, others])
-
-
 def test_every_bit_counts_at_the_papers_width():
     # 1,023 differing bits do not fit in a byte, nor in 15 words without the last.
     ones, zeros = np.ones((2, 1023), np.uint8), np.zeros((3, 1023), np.uint8)
@@ -78,23 +69,6 @@ def test_median_forgets_what_the_mean_remembers():
     assert bag_distances([a], [b])[0, 0] == 0
     assert bag_distances([a], [b], reduce="mean")[0, 0] == pytest.approx(4 / 3)
     assert bag_distances([b], [a], reduce="mean")[0, 0] == 0
-
-
-def test_mean_of_cosine_minima_is_late_interaction():
-    a, b = bags_of([4, 3], 8, "cosine", seed=3)
-    unit = [bag / np.linalg.norm(bag, axis=1, keepdims=True) for bag in (a, b)]
-    max_sim = (unit[0] @ unit[1].T).max(axis=1).sum()
-    found = bag_distances([a], [b], "cosine", "mean")[0, 0]
-    assert found == pytest.approx(1 - max_sim / 4)
-
-
-def test_bags_of_one_are_vectors():
-    bags = bags_of([1] * 5, 6, "euclidean", seed=1)
-    x = np.concatenate(bags)
-    expected = np.linalg.norm(x[:, None] - x, axis=2)
-    for reduce in ("median", "mean"):
-        found = bag_distances(bags, reduce=reduce)
-        np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("metric", ["hamming", "cosine", "euclidean"])
@@ -164,20 +138,6 @@ def archive(patients=8, slides_each=2, patches=5, d=40, seed=0):
         }
     )
     return bags, table
-
-
-def test_a_whole_shortlist_changes_nothing_but_the_measure():
-    bags, table = archive()
-    bits = [minmax_barcode(bag) for bag in bags]
-    everything = slide_search(bits, table, 14)
-    reranked = slide_search(bags, table, 3, metric="cosine", shortlist=everything)
-    exact = slide_search(bags, table, 3, metric="cosine")
-    assert reranked["predicted"].tolist() == exact["predicted"].tolist()
-    for a, b in zip(reranked["neighbours"], exact["neighbours"], strict=True):
-        np.testing.assert_array_equal(a, b)
-    np.testing.assert_allclose(
-        np.stack(reranked["distances"]), np.stack(exact["distances"]), atol=1e-12
-    )
 
 
 def test_rerank_orders_the_shortlist_by_the_features():

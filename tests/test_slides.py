@@ -79,15 +79,6 @@ def test_real_slides_tell_their_scale_or_are_refused(real_slides):
     assert open_slide(frozen, mpp=0.5).dimensions == (4443, 3567)
 
 
-@pytest.mark.tissue
-def test_monuseg_regions_are_read_with_the_scale_of_the_table(monuseg):
-    path = sorted((monuseg / "images").glob("*.tif"))[0]
-    with pytest.raises(SlideError, match="no µm per pixel"):  # tag absent or wrong
-        open_slide(path)
-    region = open_slide(path, mpp=0.25)
-    assert np.array_equal(region.read(0, 0, 1000, 0.25), tifffile.imread(path))
-
-
 # --- reading --------------------------------------------------------------------------
 
 
@@ -123,20 +114,6 @@ def test_a_patch_covers_the_same_ground_on_20x_and_40x(write_slide, levels, mpp)
         c = truth[int(top) :, int(left) :][:150, :150]
         assert np.abs(a - c).mean() < 2
     assert np.abs(a - b).mean() < 2
-
-
-def test_coordinates_round_trip_across_levels(write_slide):
-    # One marked pixel block; found at the same µm whatever the scale it is read at.
-    pixels = np.full((2048, 2048, 3), 255, np.uint8)
-    pixels[1200:1216, 640:656] = 0
-    slide = open_slide(write_slide("a.tif", pixels, 0.25, levels=4))
-    for mpp in (0.25, 0.5, 0.6, 1.0, 1.7):
-        x0, y0 = 500, 1000
-        dark = 255.0 - slide.read(x0, y0, int(300 * 0.25 / mpp), mpp)[..., 0]
-        rows, columns = np.indices(dark.shape) + 0.5
-        x = x0 + (dark * columns).sum() / dark.sum() * mpp / 0.25
-        y = y0 + (dark * rows).sum() / dark.sum() * mpp / 0.25
-        assert (x, y) == (pytest.approx(648, abs=1.5), pytest.approx(1208, abs=1.5))
 
 
 def test_finer_than_scanned_warns(write_slide):
