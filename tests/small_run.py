@@ -19,14 +19,9 @@ class Unit(nn.Module):
 def parts(rate=0.05, dropout=0.3):
     torch.manual_seed(3)
     network = nn.Sequential(
-        nn.Conv2d(3, 8, 3),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Dropout(dropout),
-        nn.Linear(8, 6),
-        Unit(),
-    )
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Dropout(dropout), nn.Linear(8, 6), Unit(),
+    )  # fmt: skip
     optimizer = torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.1)
     return network, optimizer, schedule
@@ -59,15 +54,7 @@ def run(folder, epochs=6, pause=0.0, fabric=None, dropout=0.3, **more):
         return -float(MultiSimilarityLoss()(found, LABELS))
 
     return fit(
-        network,
-        MultiSimilarityLoss(),
-        fed,
-        optimizer=optimizer,
-        epochs=epochs,
-        schedule=schedule,
-        folder=folder,
-        validate=validate,
-        fabric=fabric,
-        progress=False,
-        **more,
-    )
+        network, MultiSimilarityLoss(), fed, optimizer=optimizer, epochs=epochs,
+        schedule=schedule, folder=folder, validate=validate, fabric=fabric,
+        progress=False, **more,
+    )  # fmt: skip

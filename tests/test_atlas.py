@@ -211,10 +211,6 @@ def test_what_does_not_fit_together_is_refused(pair, tmp_path):
     refused("'other' has 53 patches, 'one' has 54", beside(table.iloc[:53]))
     moved = table.assign(x=table["x"] + (table.index == 4))
     refused(r"row 4 has x 40 in 'one' and 41 in 'other'", beside(moved))
-    relabelled = table.assign(label=table["label"].where(table.index != 9, "lung"))
-    refused("row 9 has label 'breast' in 'one'", beside(relabelled))
-    prepared = table.assign(preparation=table["preparation"].fillna("frozen"))
-    refused("row 27 has preparation None in 'one'", beside(prepared))
     refused("row 0 has label 'lung' in 'one'", beside(table.drop(columns="label")))
     refused("no column 'label'", Embeddings(one.vectors, table.drop(columns="label")))
     refused("no column image", Embeddings(one.vectors, table.drop(columns="image")))
@@ -373,13 +369,12 @@ def test_a_reader_finds_the_neighbours(pair, tmp_path, browser):
             assert [item[0] for item in items] == encoder["hits"][row]
             for item, distance in zip(items, encoder["distances"][row], strict=True):
                 hit, mark, sign, text, source = item
-                near = table.iloc[hit]
+                near, lines = table.iloc[hit], text.split("\n")
                 same = near["label"] == line["label"]
                 assert mark == ("same" if same else "other")
                 assert sign == ("✓ same label" if same else "✗ other label")
-                for word in (near["label"], near["patient"]):
-                    assert word in text.split("\n")
-                said = next(w for w in text.split("\n") if w.startswith("distance"))
+                assert {near["label"], near["patient"]} <= set(lines)
+                said = next(w for w in lines if w.startswith("distance"))
                 assert float(said.split()[1]) == pytest.approx(distance, rel=0.005)
                 assert source == data["patches"][str(hit)]["image"]
 
@@ -450,12 +445,6 @@ def test_page_suits_the_screen(pair, tmp_path, browser, width, scheme):
     assert (brightness() > 200) == (scheme == "light")
     browser.run("theme.click()")
     assert (brightness() > 200) == (scheme == "dark")
-    for _ in range(4):  # the toggle and the three filters come first
-        browser.press("Tab")
-    focused = "getComputedStyle(document.activeElement)"
-    assert browser.run("document.activeElement.id") == "wrong"
-    assert browser.run(f"{focused}.outlineStyle") == "solid"
-    assert browser.run(f"{focused}.outlineWidth") == "3px"
 
 
 def test_a_request_would_be_seen_and_is_forbidden(pair, tmp_path, browser):

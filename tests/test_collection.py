@@ -303,26 +303,16 @@ def test_a_folder_is_one_collections(folder, index, weights, tmp_path):
     assert index().worked_on == 0  # the number is another process's by now
 
 
-def patches_of(*slides):
-    """Two patches for each (slide, patient, label)."""
-    rows = [row for row in slides for _ in range(2)]
-    table = pd.DataFrame(rows, columns=["slide", "patient", "label"])
-    return Embeddings(np.ones((len(rows), 2), np.float32), table)
-
-
 def test_the_atlas_shows_what_can_be_searched():
-    choose = for_the_atlas
-    shown, exclude, said = choose(patches_of(("s", "p", "a"), ("t", "q", "a")))
-    assert (len(shown), exclude, said) == (4, "patient", [])
-    shown, exclude, said = choose(patches_of(("s", "p", "a"), ("t", "p", None)))
-    assert exclude == "self" and "one patient" in said[0]
-    shown, exclude, said = choose(patches_of(("s", "p", "a"), ("t", "q", None)))
-    assert set(shown.table["label"]) == {"not labelled"} and exclude == "patient"
-    shown, exclude, said = choose(
-        patches_of(("s", "p", "a"), ("t", "q", "a"), ("u", "r", "rare"))
-    )
-    assert shown.table["slide"].tolist() == ["s", "s", "t", "t"]
-    assert "rare" in said[0] and exclude == "patient"
-    shown, _, _ = choose(Embeddings(np.ones((4, 2), np.float32), pd.DataFrame(
-        {"slide": list("ssts"), "patient": list("ppqp")})))  # fmt: skip
-    assert set(shown.table["label"]) == {"not labelled"} and len(shown) == 4
+    """A label of one patient has nothing to find; one patient searches its own."""
+    for patients, labels, rows, exclude, said in (
+        ("ppqq", "aaaa", 4, "patient", ""),
+        ("pppp", "aabb", 4, "self", "one patient"),
+        ("ppqq", "aabb", 4, "patient", "does not show labels"),
+        ("pqrr", "aabb", 2, "patient", "not in the atlas: b"),
+    ):
+        table = pd.DataFrame({"patient": list(patients), "label": list(labels)})
+        made = Embeddings(np.ones((4, 2), np.float32), table)
+        shown, left_out, notes = for_the_atlas(made)
+        assert (len(shown), left_out) == (rows, exclude)
+        assert said in " ".join(notes)

@@ -90,13 +90,6 @@ def test_saved_and_loaded_are_equal(tmp_path):
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["set"]
 
 
-def test_saving_again_replaces(tmp_path):
-    some(seed=1).save(tmp_path / "set")
-    some(n=3, seed=2).save(tmp_path / "set")
-    assert len(load_embeddings(tmp_path / "set")) == 3
-    assert [p.name for p in tmp_path.iterdir()] == ["set"]
-
-
 @pytest.mark.parametrize("step", ["np.save", "pd.DataFrame.to_parquet"])
 def test_a_killed_process_leaves_nothing_loadable(tmp_path, step):
     if not hasattr(os, "fork"):

@@ -72,17 +72,6 @@ def test_heat_covers_the_image_and_hides_nothing_where_it_is_cold():
             plots.show_heat(ax, np.zeros((4, 4, 3), np.uint8), wrong)
 
 
-def test_retrieval_atlas_has_one_scale_bar():
-    image = np.zeros((20, 20, 3), np.uint8)
-    search = [(image, "lung", "#332288")] * 4
-    figure = plots.retrieval_atlas([search, search[:3]], ["first", "second"], mpp=0.5)
-    shown = [ax for ax in figure.axes if ax.images]
-    assert len(shown) == 7
-    assert [len(ax.artists) for ax in shown] == [1] + [0] * 6
-    labels = [ax.get_ylabel() for ax in shown if ax.get_ylabel()]
-    assert labels == ["first", "second"]
-
-
 def test_outlines_are_in_pixels_of_the_thumbnail():
     class Slide:
         mpp = 0.25

@@ -133,16 +133,6 @@ def test_evaluate_searches_where_it_says(bench_archive):
     assert split.train[np.concatenate(out["neighbours"])].all()
 
 
-def test_evaluate_joins_splits_and_takes_vectors_of_each(bench_archive):
-    organ, table = splits(bench_archive.table, "organ"), bench_archive.table
-    known = patient_folds(bench_archive, 1, metric="cosine")
-    pd.testing.assert_frame_equal(evaluate(bench_archive, organ), known)
-    other = Embeddings(bench_archive.vectors[::-1].copy(), table)
-    mixed = evaluate([other, *[bench_archive] * 3], organ)
-    first = organ[0].test
-    assert mixed[~first].equals(known[~first]) and not mixed[first].equals(known[first])
-
-
 def test_the_bench_has_every_protocol_in_one_table(bench_archive):
     out = bench(bench_archive, k=3, metric="euclidean")
     sizes = {"scan_leave_one_out": 128, "scan_not_touching": 128, "organ": 128}

@@ -16,11 +16,9 @@ def matrix(golden):
 
 def test_test_counts(matrix, golden):
     etas = json.loads((golden / "eta_metrics.json").read_text())
-    assert list(published.PATH24_TEST_COUNTS) == matrix["test_counts"].tolist()
-    assert (
-        list(published.PATH24_TEST_COUNTS) == etas["kimia_path24_test_counts"]
-        and sum(published.PATH24_TEST_COUNTS) == etas["total"]
-    )
+    counts = list(published.PATH24_TEST_COUNTS)
+    assert counts == matrix["test_counts"].tolist() == etas["kimia_path24_test_counts"]
+    assert sum(counts) == etas["total"]
 
 
 def test_yang_matrix_and_eta(matrix, golden):
@@ -41,7 +39,7 @@ def test_kieffer_table(golden):
     assert found == table["kieffer2017_table1_percent"]
 
 
-def test_expected_cutoff_score_is_the_mean_over_random_vectors():
+def test_expected_cutoff_score_is_the_mean_over_random_vectors(golden):
     sizes = np.array([4, 2, 7, 3])
     labels = np.repeat(range(4), sizes)
     rng = np.random.default_rng(0)
@@ -52,6 +50,10 @@ def test_expected_cutoff_score_is_the_mean_over_random_vectors():
     error = np.std(draws, axis=0) / np.sqrt(len(draws))
     expected = published.expected_cutoff_score(sizes)
     assert (abs(np.mean(draws, axis=0) - expected) < 4 * error).all()
+    etas = json.loads((golden / "eta_metrics.json").read_text())
+    known = tuple(etas["ffnir_metric_random_expectation"].values())
+    found = published.expected_cutoff_score(published.PATH24_TEST_COUNTS)
+    assert found == pytest.approx(known)
 
 
 def test_claims_carry_what_was_found():

@@ -28,12 +28,8 @@ def outcomes():
     """Two systems, one of them with three seeds, on 40 queries of 8 patients."""
     rng, parts = np.random.default_rng(0), []
     label = rng.integers(0, 3, 40)
-    for system, seed, right in [
-        ("a", 0, 0.8),
-        ("a", 1, 0.7),
-        ("a", 2, 0.9),
-        ("b", 0, 0.4),
-    ]:
+    runs = [("a", 0, 0.8), ("a", 1, 0.7), ("a", 2, 0.9), ("b", 0, 0.4)]
+    for system, seed, right in runs:
         hit = rng.random(40) < right
         parts.append(pd.DataFrame({
             "system": system, "protocol": "scan", "seed": seed, "query": range(40),
