@@ -51,9 +51,10 @@ def test_expected_cutoff_score_is_the_mean_over_random_vectors(golden):
     expected = published.expected_cutoff_score(sizes)
     assert (abs(np.mean(draws, axis=0) - expected) < 4 * error).all()
     etas = json.loads((golden / "eta_metrics.json").read_text())
-    known = tuple(etas["ffnir_metric_random_expectation"].values())
+    runs = etas["ffnir_metric_random_embeddings_true_counts"]
+    known = runs["published_code_mean_over_20_seeds"][:2]
     found = published.expected_cutoff_score(published.PATH24_TEST_COUNTS)
-    assert found == pytest.approx(known)
+    assert list(found) == pytest.approx(known, abs=0.008)  # three standard errors
 
 
 def test_claims_carry_what_was_found():
