@@ -31,7 +31,9 @@ def mean_rgb(table: pd.DataFrame) -> Embeddings:
     return _embed(table, lambda image, mpp: image.mean(axis=(0, 1)) / 255)
 
 
-def rgb_histogram(table: pd.DataFrame, bins: int = 4, root: bool = False) -> Embeddings:
+def rgb_histogram(
+    table: pd.DataFrame, bins: int = 4, root: bool = False, transform=None
+) -> Embeddings:
     """Joint colour histogram of each patch; vectors (n, bins³), each summing to 1.
 
     Parameters
@@ -44,6 +46,8 @@ def rgb_histogram(table: pd.DataFrame, bins: int = 4, root: bool = False) -> Emb
     root : bool
         Return square roots, whose squares sum to 1: Euclidean distance is then
         Hellinger's, and a rare colour weighs less after standardisation.
+    transform : callable, optional
+        Takes an image and its slide's name, returns an image (`stains.StainMatch`).
 
     Raises
     ------
@@ -54,7 +58,7 @@ def rgb_histogram(table: pd.DataFrame, bins: int = 4, root: bool = False) -> Emb
     def places(image):
         return (image.astype(int) * bins // 256) @ np.array([bins**2, bins, 1])
 
-    return _histograms(table, bins, bins**3, root, places)
+    return _histograms(table, bins, bins**3, root, places, transform)
 
 
 def grey_histogram(table: pd.DataFrame, bins: int = 64) -> Embeddings:
@@ -104,7 +108,7 @@ def logistic_probe(embeddings, split, c_values) -> np.ndarray:
     return best.predict(x[split.test])
 
 
-def _histograms(table, bins, n, root, bin_of):
+def _histograms(table, bins, n, root, bin_of, transform=None):
     """Shares of pixels in each of ``n`` bins, or their square roots."""
     if not 1 <= bins <= 256:
         raise ValueError(f"bins={bins}; expected 1 to 256 bins per channel")
@@ -113,13 +117,15 @@ def _histograms(table, bins, n, root, bin_of):
         found = np.bincount(bin_of(image).ravel(), minlength=n) / image[..., 0].size
         return np.sqrt(found) if root else found
 
-    return _embed(table, shares)
+    return _embed(table, shares, transform)
 
 
-def _embed(table, statistic):
+def _embed(table, statistic, transform=None):
     """Embeddings of one statistic of (image, mpp) per patch."""
     if len(table) == 0:
         raise ValueError("the patch table is empty; expected one row per patch")
-    rows = table.to_dict("records")
-    values = [statistic(read_patch(row), row.get("mpp")) for row in rows]
+    change, values = transform or (lambda image, slide: image), []
+    for row in table.to_dict("records"):
+        image = change(read_patch(row), row["slide"])
+        values.append(statistic(image, row.get("mpp")))
     return Embeddings(np.asarray(values, np.float32), table)

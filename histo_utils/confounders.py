@@ -267,10 +267,10 @@ def batch_correction(images, column, fold="fold", **how) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def rule_scores(missed: pd.DataFrame) -> dict:
-    """Count each rule of `causes`: wrong hits, share of them, share at random."""
+def rule_scores(missed: pd.DataFrame, rules=(*RULES, "none")) -> dict:
+    """Count each rule of `causes`: wrong hits, share of rows, share at random."""
     found = {}
-    for rule in (*RULES, "none"):
+    for rule in rules:
         share = statistics.score(missed[rule], missed["patient"])
         found[rule] = {"wrong_hits": int(missed[rule].sum()), "share": share}
         if f"chance_{rule}" in missed:

@@ -53,6 +53,8 @@ def test_rgb_histogram_equals_numpy(table, bins):
         np.testing.assert_allclose(vector, counts.ravel() / SIZE**2, atol=1e-7)
     root = rgb_histogram(table, bins, root=True).vectors
     np.testing.assert_allclose(root**2, made.vectors, atol=1e-6)
+    white = rgb_histogram(table, bins, transform=lambda image, slide: image * 0 + 255)
+    assert (white.vectors[:, -1] == 1).all()
 
 
 def test_place_of_a_colour_in_the_histogram(table):

@@ -136,6 +136,20 @@ def test_an_error_may_fit_no_rule():
         confounders.causes(outcomes([[4], [4]]), outcomes([[4]]), TABLE)
 
 
+def test_rule_scores_by_hand():
+    rules = {rule: [False] * 4 for rule in (*confounders.RULES, "none")}
+    rules |= {"colour": [True, True, True, False], "none": [False] * 3 + [True]}
+    missed = pd.DataFrame(rules | {"patient": list("ppqq"), "chance_colour": 0.25})
+    found = confounders.rule_scores(missed)
+    assert list(found) == [*confounders.RULES, "none"]
+    colour, share = found["colour"], found["colour"]["share"]
+    assert (colour["wrong_hits"], colour["at_random"]) == (3, 0.25)
+    assert (share["score"], share["low"], share["high"]) == (0.75, 0.5, 1.0)
+    assert (share["n"], share["queries"]) == (2, 4)
+    assert found["none"]["share"]["score"] == 0.25 and "at_random" not in found["none"]
+    assert list(confounders.rule_scores(missed, ["colour"])) == ["colour"]
+
+
 def test_centring_equals_a_loop(bench_archive):
     table, vectors = bench_archive.table, bench_archive.vectors.astype(float)
     gallery = (table["fold"] != 1).to_numpy()
