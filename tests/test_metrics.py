@@ -202,6 +202,22 @@ def test_eta_bad_input(score):
         official_python_scorer([0, 1], [0, 0], 2)
 
 
+def test_cutoff_score_of_random_vectors(golden):
+    expected = json.loads((golden / "eta_metrics.json").read_text())
+    counts = expected["kimia_path24_test_counts"]
+    labels = np.repeat(np.arange(24), counts)
+    scores = [
+        cumulative_cutoff_score(
+            np.random.default_rng(s).normal(size=(1325, 64)), labels
+        )
+        for s in range(8)
+    ]
+    mean = np.mean(scores, axis=0)
+    assert abs(mean[0] - 0.529) < 0.012
+    theirs = expected["ffnir_metric_random_expectation"]
+    np.testing.assert_allclose(mean[:2], list(theirs.values()), atol=0.015)
+
+
 def test_cutoff_score_golden_and_its_order(golden):
     expected = json.loads((golden / "eta_metrics.json").read_text())["ffnir_metric_toy"]
     toy = np.load(golden / "retrieval_toy.npz")
