@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import yaml
+from scipy.spatial.distance import cdist
+
+from histo_utils import metrics
 
 _FACTS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 PATH24_TEST_COUNTS = tuple(_FACTS["path24_test_counts"])
@@ -16,20 +20,37 @@ KIEFFER_GAIN = _FACTS["kieffer_gain"]
 LGFFEM_ETA = tuple(_FACTS["lgffem_eta"])
 KIMIANET_COLUMNS = tuple(_FACTS["kimianet_columns"])
 KIMIANET_F1 = _FACTS["kimianet_f1"]
-CLAIMS = _FACTS["claims"]  # key, work, claim, published, form of what is found, tag
+CLAIMS = _FACTS["claims"]  # work, claim, published, form of what is found, tag
 RECOMPUTED = _FACTS["tags"]["recomputed"]
 ELSEWHERE = _FACTS["tags"]["elsewhere"]
 
 
-def claims(here: dict) -> list[dict]:
-    """Table of claims, with the numbers found here (a sequence for each key)."""
+def claims(found: dict) -> list[dict]:
+    """Table of claims, with the numbers of chapter 03's results."""
     tags, paper = _FACTS["tags"], _FACTS["tags"]["paper"]
     return [
         {"work": work, "claim": claim, "published": value,
-         "here": form.format(*here[key]) if key in here else form,
-         "tag": tags.get(tag, paper.format(tag))}
-        for key, work, claim, value, form, tag in CLAIMS
+         "here": form.format(**found), "tag": tags.get(tag, paper.format(tag))}
+        for work, claim, value, form, tag in CLAIMS
     ]  # fmt: skip
+
+
+def kieffer_table() -> pd.DataFrame:
+    """Kieffer's table with the product η_p η_w and the number of right patches.
+
+    ``multiplies``: η_total is the product within rounding; ``whole number``: η_p is one
+    of 1,325 patches; ``η_w as printed``: by the formula without the division by n_s.
+    """
+    table = pd.DataFrame(KIEFFER_TABLE, index=["eta_p", "eta_w", "eta_total"]).T
+    eta_p, eta_w, eta_total = (table[name] for name in table)
+    table["product"] = eta_p * eta_w / 100
+    rounding = 0.005 + 0.005 * (eta_p + eta_w) / 100
+    table["multiplies"] = (table["product"] - eta_total).abs() <= rounding
+    table["right of 1,325"] = (eta_p * 13.25).round().astype(int)
+    back = table["right of 1,325"] / 13.25
+    table["whole number"] = (back.round(2) - eta_p).abs() < 0.006
+    table["η_w as printed"] = 1325 / 24 * eta_p
+    return table
 
 
 def path24_labels() -> np.ndarray:
@@ -62,3 +83,31 @@ def expected_cutoff_score(sizes) -> tuple[float, float]:
     ends, total = np.cumsum(sizes), sizes.sum()
     found = 1 + (sizes - 1) * (ends - 1) / (total - 1)
     return float(found.sum() / total), float((found / sizes).mean())
+
+
+def cutoff_experiment(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Score vectors of Path24's class sizes by `metrics.cumulative_cutoff_score`.
+
+    Returns the (n,) η_p of random vectors, the (n,) η_p of one toy embedding with its
+    classes in n random orders, and a summary with the true top-1 of both (random: mean
+    of 20) and the expectation.
+    """
+    classes, rng = path24_labels(), np.random.default_rng(seed)
+    noise = [rng.standard_normal((len(classes), 16)) for _ in range(n)]
+    toy = noise[0] + 0.6 * rng.standard_normal((24, 16))[classes]
+    score, orders, top_1 = metrics.cumulative_cutoff_score, np.empty(n), []
+    for i in range(n):
+        order = np.argsort(rng.permutation(24))[classes]  # rank of each item's class
+        rows = np.argsort(order, kind="stable")
+        orders[i] = score(toy[rows], classes[rows])[0]
+    for vectors in (toy, *noise[:20]):
+        distances = cdist(*[vectors.astype("float32")] * 2).round(12)
+        np.fill_diagonal(distances, np.inf)
+        top_1.append(float((classes[distances.argmin(axis=1)] == classes).mean()))
+    cutoff = np.array([score(vectors, classes)[0] for vectors in noise])
+    return cutoff, orders, {
+        "n": n, "mean": cutoff.mean(), "sd": cutoff.std(ddof=1),
+        "expected": expected_cutoff_score(PATH24_TEST_COUNTS)[0],
+        "top_1": np.mean(top_1[1:]), "toy_top_1": top_1[0],
+        "toy_low": orders.min(), "toy_high": orders.max(),
+    }  # fmt: skip

@@ -1,12 +1,15 @@
 """The facts typed in `published` against the golden files they come from."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from histo_utils import published
 from histo_utils.metrics import cumulative_cutoff_score, eta_scores
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -58,9 +61,27 @@ def test_expected_cutoff_score_is_the_mean_over_random_vectors(golden):
 
 
 def test_claims_carry_what_was_found():
-    numbers = {key: [0.5] * form.count("{") for key, *_, form, _ in published.CLAIMS}
-    rows = published.claims({key: n for key, n in numbers.items() if n})
-    found = [row["here"] for row in rows if row["work"] == "LGFFEM 2025"]
-    assert found == ["random vectors: 0.5 ± 0.5", "–"]
+    found = json.loads(
+        (ROOT / "results/tissue/03_measuring_retrieval.json").read_text()
+    )
+    found["audit"]["cutoff"] = {"mean": 0.5, "sd": 0.25}
+    rows = published.claims(found)
+    here = [row["here"] for row in rows if row["work"] == "LGFFEM 2025"]
+    assert here == ["random vectors: 50.0% ± 25.0%", "–"]
     tags = (published.RECOMPUTED, published.ELSEWHERE, "not run: make book")
     assert all(row["tag"].startswith(tags) for row in rows)
+    assert rows[0]["here"] == rows[0]["published"]  # the scores of Yang's matrix
+
+
+def test_one_row_of_kieffers_table_is_not_its_own_product():
+    table = published.kieffer_table()
+    assert table.index[~table["multiplies"]].tolist() == ["CNN1"]
+    assert table["whole number"].all()
+
+
+def test_cutoff_experiment_depends_on_the_order_of_the_classes():
+    cutoff, orders, found = published.cutoff_experiment(20)
+    assert len(cutoff) == len(orders) == found["n"] == 20
+    assert found["mean"] == pytest.approx(found["expected"], abs=0.01)
+    assert found["toy_high"] - found["toy_low"] > 0.01
+    assert found["top_1"] < 0.1 < found["mean"]
