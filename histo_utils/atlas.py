@@ -218,12 +218,11 @@ def _contents(table, rows, outcomes, options):
         side = patch["size"] * patch["mpp"]
         patches[row] = {
             "label": labels.index(patch["label"]),
-            "slide": str(patch["slide"]), "patient": str(patch["patient"]),
             "um": None if pd.isna(side) else round(float(side), 2),
-        }  # fmt: skip
-        if "preparation" in table:
-            how = patch["preparation"]
-            patches[row]["preparation"] = None if pd.isna(how) else str(how)
+        }
+        for name in {"slide", "patient", "preparation"} & set(table):
+            told = not pd.isna(patch[name])
+            patches[row][name] = str(patch[name]) if told else None
     return {
         "archive": {"patches": len(table), "patients": table["patient"].nunique()},
         "labels": [{"name": str(n), "colour": colour_of(n)} for n in labels],

@@ -37,6 +37,7 @@ from histo_utils.embeddings import Embeddings, standardise
 from histo_utils.search import (
     Archive,
     bag_distances,
+    check_columns,
     check_k,
     count_relevant,
     exclusion_mask,
@@ -296,7 +297,7 @@ def patient_folds(
     """
     each = embeddings if isinstance(embeddings, list) else None
     table = (each[0] if each else embeddings).table
-    _check_columns(table, [fold, "patient"])
+    check_columns(table, [fold, "patient"])
     several = table.groupby("patient")[fold].nunique()
     if (several > 1).any():
         raise ValueError(
@@ -347,8 +348,8 @@ def linear_probe(
     if not allow_shared_patients:
         _check_disjoint(test.table, train.table)
     named = isinstance(groups, str)
-    _check_columns(train.table, ["label", groups] if named else ["label"])
-    _check_columns(test.table, ["label"])
+    check_columns(train.table, ["label", groups] if named else ["label"])
+    check_columns(test.table, ["label"])
     y = train.table["label"].to_numpy()
     group = train.table[groups].to_numpy() if named else np.asarray(groups)
     c_values = sorted(c_values)
@@ -393,7 +394,7 @@ def slide_bags(embeddings, barcode=False):
     labels or two patients is an error.
     """
     table = embeddings.table
-    _check_columns(table, ["slide", "label"])
+    check_columns(table, ["slide", "label"])
     columns = [c for c in ("slide", "label", "patient") if c in table]
     for column in columns[1:]:
         several = table.groupby("slide")[column].nunique(dropna=False)
@@ -461,7 +462,7 @@ def slide_search(
 
 def vertical_search(bags, table, within, k=3, **how) -> pd.DataFrame:
     """Search every slide among those with its value of a column (KimiaNet)."""
-    _check_columns(table, [within])
+    check_columns(table, [within])
     parts = []
     for value, rows in table.groupby(within).indices.items():
         try:
@@ -502,8 +503,8 @@ def _renumbered(outcomes, queries, gallery):
 
 
 def _retrieve(queries, gallery, k, exclude, archive):
-    _check_columns(queries.table, ["label"])
-    _check_columns(gallery.table, ["label"])
+    check_columns(queries.table, ["label"])
+    check_columns(gallery.table, ["label"])
     check_k(k, queries.table, gallery.table, exclude)
     relevant = _relevant(queries.table, gallery.table, exclude)
     ids, distances = Archive(gallery, **archive).search(queries, k, exclude)
@@ -544,7 +545,7 @@ def _outcomes(
 
 def _check_disjoint(queries, gallery):
     for table in (queries, gallery):
-        _check_columns(table, ["patient"], " (or allow_shared_patients=True)")
+        check_columns(table, ["patient"], remedy=" (or allow_shared_patients=True)")
     shared = set(queries["patient"]) & set(gallery["patient"])
     if shared:
         raise ValueError(
@@ -552,18 +553,6 @@ def _check_disjoint(queries, gallery):
             f"({len(shared)} such patients); split by patient, or say "
             "allow_shared_patients=True where the task shares them by design"
         )
-
-
-def _check_columns(table, names, otherwise=""):
-    for name in names:
-        if name not in table:
-            raise ValueError(
-                f"the table has no column {name!r}; it has "
-                f"{', '.join(map(str, table.columns))}: add it{otherwise}"
-            )
-        if table[name].isna().any():
-            row = int(table[name].isna().to_numpy().argmax())
-            raise ValueError(f"row {row} has no {name}; fill it in or drop the row")
 
 
 def _first(values):

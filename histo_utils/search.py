@@ -307,27 +307,35 @@ def bag_distances(
     }[metric]
     own = [form(bag) for bag in queries]
     theirs = own if alone else [form(bag) for bag in gallery]
+    halves = alone and listed is None  # a pair's distances serve both directions
     distances = np.full((len(own), len(theirs)), np.inf)
     if listed is None:
         run = np.cumsum([len(bag) for bag in theirs]) // _PATCHES
         parts = np.split(np.arange(len(theirs)), np.flatnonzero(np.diff(run)) + 1)
-        work = [(range(len(own)), part) for part in parts]
+        work = [(np.arange(len(own)), part) for part in parts]
     else:
-        work = [([i], np.asarray(near)) for i, near in enumerate(listed)]
+        work = [(np.array([i]), np.asarray(near)) for i, near in enumerate(listed)]
+
+    def summary(block, sizes, others):
+        minima = np.minimum.reduceat(block, np.cumsum([0, *others[:-1]]), axis=1)
+        if metric == "cosine":  # products round by shape: equal vectors are equal
+            minima = np.round(np.maximum(minima, 0), 12)
+        bags = np.split(minima, np.cumsum(sizes)[:-1])
+        return np.stack([_RULES[reduce](least, axis=0) for least in bags])
+
     for mine, part in work:
-        rows = np.concatenate([theirs[j] for j in part])
-        starts = np.cumsum([0] + [len(theirs[j]) for j in part[:-1]])
         # several queries at once: products of matrices are fast when they are large
-        sizes = np.array([len(own[i]) for i in mine])
-        run = np.cumsum(sizes) // _ROWS
-        for some in np.split(np.arange(len(mine)), np.flatnonzero(np.diff(run)) + 1):
-            block = compare(np.concatenate([own[mine[j]] for j in some]), rows)
-            minima = np.minimum.reduceat(block, starts, axis=1)
-            if metric == "cosine":  # products round by shape: equal vectors are equal
-                minima = np.round(np.maximum(minima, 0), 12)
-            ends = np.cumsum(sizes[some])[:-1]
-            for j, least in zip(some, np.split(minima, ends), strict=True):
-                distances[mine[j], part] = _RULES[reduce](least, axis=0)
+        run = np.cumsum([len(own[i]) for i in mine]) // _ROWS
+        for some in np.split(mine, np.flatnonzero(np.diff(run)) + 1):
+            near = part[part >= some[0]] if halves else part
+            if not len(near):
+                continue
+            a, b = [own[i] for i in some], [theirs[j] for j in near]
+            sizes = [len(bag) for bag in a], [len(bag) for bag in b]
+            block = compare(np.concatenate(a), np.concatenate(b))
+            distances[np.ix_(some, near)] = summary(block, *sizes)
+            if halves:
+                distances[np.ix_(near, some)] = summary(block.T, *sizes[::-1])
     return distances
 
 
@@ -402,21 +410,26 @@ def _blocks(queries, gallery, exclude):
         yield rows, mask
 
 
+def check_columns(table, names, whose="the", why="", remedy="") -> None:
+    """Raise ValueError where a table lacks one of the columns, or a value in it."""
+    for name in names:
+        if name not in table:
+            raise ValueError(
+                f"{whose} table has no column {name!r}{why}; it has "
+                f"{', '.join(map(str, table.columns))}: add it{remedy}"
+            )
+        if table[name].isna().any():
+            row = int(table[name].isna().to_numpy().argmax())
+            raise ValueError(
+                f"row {row} of {whose} table has no {name}{why}; fill it in or drop "
+                "the row"
+            )
+
+
 def _codes(queries, gallery, columns, why):
     """Give queries' and gallery's rows one number for each distinct value."""
-    for which, table in (("queries'", queries), ("gallery's", gallery)):
-        for name in columns:
-            if name not in table:
-                raise ValueError(
-                    f"the {which} table has no column {name!r}, which {why} needs; "
-                    f"it has {', '.join(map(str, table.columns))}"
-                )
-            if table[name].isna().any():
-                row = int(table[name].isna().to_numpy().argmax())
-                raise ValueError(
-                    f"row {row} of the {which} table has no {name}, which {why} needs; "
-                    "fill it in or drop the row"
-                )
+    check_columns(queries, columns, "the queries'", f", which {why} needs")
+    check_columns(gallery, columns, "the gallery's", f", which {why} needs")
     for name in columns:
         kinds = {
             pd.api.types.infer_dtype(table[name].astype(object))

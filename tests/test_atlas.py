@@ -89,6 +89,9 @@ def test_page_holds_what_the_search_found(pair, tmp_path):
         assert patch["preparation"] == ("FFPE" if int(row) < 27 else None)
         assert patch["um"] == 20.0
     assert data["archive"] == {"patches": 54, "patients": 6}
+    pair["one"].table.loc[3, "patient"] = None  # a missing patient stays missing
+    page = atlas(pair["one"], page, k=5, exclude="slide", thumbnail=16, progress=False)
+    assert contents(page)["patches"]["3"]["patient"] is None
     assert not list(page.parent.glob("*.part"))
 
 
