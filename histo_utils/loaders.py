@@ -196,7 +196,7 @@ class CachedMaps(TensorDataset):
 
 def training_batches(
     data, labels, rows, batch_size, per_class=None, *, classes=None, steps=None, seed=0,
-    workers=0, fabric=None,
+    workers=0,
 ) -> DataLoader:  # fmt: skip
     """Batches of (inputs, class numbers) for `training.fit`.
 
@@ -219,26 +219,22 @@ def training_batches(
         Batches per epoch; default ``n // batch_size``: the rest is left out, since a
         metric loss of a small last batch is another loss.
     seed, workers : int
-    fabric : lightning.fabric.Fabric, optional
-        Where several processes train: each gets its part of the global batch.
 
     Raises
     ------
     ValueError
-        A batch larger than the data or not a multiple of ``per_class`` or of the
-        processes, or more steps than the data gives without ``per_class``.
+        A batch larger than the data or not a multiple of ``per_class``, or more steps
+        than the data gives without ``per_class``.
     """
     rows = np.arange(len(data))[rows]
     known, codes = np.unique(np.asarray(labels)[rows], return_inverse=True)
     if classes is not None:
         codes = np.searchsorted(classes, known)[codes]
-    place = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
-    order = BatchOrder(codes, batch_size, per_class, steps, seed, *place)
-    on_gpu = fabric is not None and fabric.device.type == "cuda"
-    labelled = _Labelled(data, rows, codes)
+    order = BatchOrder(codes, batch_size, per_class, steps, seed)
     return DataLoader(
-        labelled, batch_sampler=order, num_workers=workers, pin_memory=on_gpu
-    )
+        _Labelled(data, rows, codes), batch_sampler=order, num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
 
 
 class _Labelled(Dataset):
@@ -264,21 +260,28 @@ class BatchOrder(Sampler):
     from a global generator and can do neither.) Parameters: `training_batches`.
     """
 
-    def __init__(
-        self, labels, batch_size, per_class=None, steps=None, seed=0, rank=0, world=1
-    ):
+    def __init__(self, labels, batch_size, per_class=None, steps=None, seed=0):
         self.codes = np.unique(np.asarray(labels), return_inverse=True)[1]
         whole = len(self.codes) // batch_size
-        uneven = batch_size % world or (per_class and batch_size % per_class)
+        uneven = per_class and batch_size % per_class
         if not whole or uneven or (steps and steps > whole and not per_class):
             raise ValueError(
                 f"batches of {batch_size} (per_class={per_class}, steps={steps}) from "
-                f"{len(self.codes)} items over {world} processes; expected at least "
-                "one whole batch, a multiple of per_class and of the processes, and no "
-                f"more steps than the data has ({whole}): lower batch_size or steps"
+                f"{len(self.codes)} items; expected at least one whole batch, a "
+                "multiple of per_class, and no more steps than the data has "
+                f"({whole}): lower batch_size or steps"
             )
         self.batch_size, self.per_class, self.seed = batch_size, per_class, seed
-        self.steps, self.rank, self.world, self.epoch = steps or whole, rank, world, 0
+        self.steps, self.rank, self.world, self.epoch = steps or whole, 0, 1, 0
+
+    def share(self, rank, world):
+        """Yield only the items of one of several processes."""
+        if self.batch_size % world:
+            raise ValueError(
+                f"batches of {self.batch_size} over {world} processes; expected a "
+                "multiple: change batch_size or devices"
+            )
+        self.rank, self.world = rank, world
 
     def set_epoch(self, epoch):
         """Set the epoch whose order comes next."""

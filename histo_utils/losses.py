@@ -30,6 +30,8 @@ class MultiSimilarityLoss(nn.Module):
         α and β (steepness), λ, and the margin ε of the mining.
     """
 
+    pairwise = True
+
     def __init__(self, alpha=2.0, beta=5.0, base=0.5, epsilon=0.2):
         super().__init__()
         self.alpha, self.beta, self.base, self.epsilon = alpha, beta, base, epsilon
@@ -59,6 +61,8 @@ class ContrastiveLoss(nn.Module):
     margin : float
     """
 
+    pairwise = True
+
     def __init__(self, margin=0.5):
         super().__init__()
         self.margin = margin
@@ -80,6 +84,8 @@ class ABELoss(nn.Module):
     ----------
     lambda_div, margin, margin_div : float
     """
+
+    pairwise = True
 
     def __init__(self, lambda_div=0.05, margin=0.5, margin_div=0.2):
         super().__init__()

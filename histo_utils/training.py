@@ -2,7 +2,8 @@
 
 One process or several, CPU or GPU, full or mixed precision: the `Fabric` given decides.
 Networks run in its precision, losses in float32 on the global batch, so that a metric
-loss sees the pairs of all processes.
+loss sees the pairs of all processes. Checkpoints hold what is trained: a frozen
+backbone is hashed, not saved at every epoch.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from tqdm import tqdm
 
 from histo_utils import provenance
+from histo_utils.networks.finetune import digest
 from histo_utils.provenance import plain
 
 
@@ -50,8 +52,8 @@ def run_folder(parent, settings) -> Path:
 
 def fit(
     network, loss, batches, *, optimizer, epochs, folder, schedule=None, validate=None,
-    patience=None, clip=None, compiled=False, settings=None, fabric=None, seed=0,
-    progress=True,
+    validate_every=1, patience=None, clip=None, accumulate=1, compiled=False,
+    settings=None, fabric=None, seed=0, progress=True,
 ) -> Fitted:  # fmt: skip
     """Train a network; go on where a killed run stopped; return the best epoch.
 
@@ -74,17 +76,24 @@ def fit(
     validate : callable, optional
         ``validate(network)`` -> number, higher is better, after each epoch with the
         network in evaluation mode; it decides the best epoch (default: the last).
+    validate_every : int
+        Validate after every so many epochs, and after the last.
     patience : int, optional
         Stop after so many epochs without a better one.
     clip : float, optional
         Largest norm of the network's gradient, after unscaling.
+    accumulate : int
+        Batches whose gradients are averaged before a step. Refused for a loss that
+        compares the items of a batch (its attribute ``pairwise``): it would see the
+        pairs of the small batches only.
     compiled : bool
         Run ``torch.compile`` on the network.
     settings : dict, optional
         What the run is made with, its ``seed`` if it names one. A folder of other
         settings is refused.
     fabric : lightning.fabric.Fabric, optional
-        Default: one device, full precision.
+        Default: one device, full precision. With several devices in a notebook the
+        processes are forked here, so nothing may have run on a GPU before.
     seed : int
         Of dropout; each epoch starts from (seed, epoch), so resuming changes nothing.
     progress : bool
@@ -95,20 +104,56 @@ def fit(
     FloatingPointError
         NaN or infinity in loss or weights; the last good checkpoint stays.
     ValueError
-        The folder holds a run of other settings, or they name another seed.
+        The folder holds a run of other settings or with another frozen part; settings
+        that name another seed; ``accumulate`` with a pairwise loss.
     """
     fabric = fabric or Fabric(devices=1)
     _check_seed(settings, seed)
+    if accumulate > 1 and getattr(loss, "pairwise", False):
+        raise ValueError(
+            f"accumulate={accumulate} with {type(loss).__name__}, which compares the "
+            "items of a batch; give accumulate=1 and more devices or memory instead"
+        )
     settings = plain(settings)  # NumPy numbers would not be read again
     last, best_file = Path(folder) / "last.pt", Path(folder) / "best.pt"
     network = network.to(memory_format=torch.channels_last)
     modes = [(part, part.training) for part in network.modules()]
-    run = torch.compile(network) if compiled else network
-    run, stepper = fabric.setup(run, optimizer)
+    trained = _trained_names(network)
+
+    def run(fabric):
+        _run(
+            network, loss, batches, optimizer, schedule, validate, fabric, modes=modes,
+            trained=trained, last=last, best_file=best_file, epochs=epochs, clip=clip,
+            validate_every=validate_every, patience=patience, accumulate=accumulate,
+            compiled=compiled, settings=settings, seed=seed, progress=progress,
+        )  # fmt: skip
+
+    if fabric.world_size > 1 and not fabric._launched:
+        fabric.launch(run)
+    else:
+        run(fabric)
+    history = torch.load(last, map_location="cpu", weights_only=True)["history"]
+    weights = torch.load(best_file, map_location="cpu", weights_only=True)["network"]
+    network = network.to("cpu", memory_format=torch.contiguous_format)
+    network.load_state_dict(weights, strict=False)
+    return Fitted(network.eval(), pd.DataFrame(history))
+
+
+def _run(
+    network, loss, batches, optimizer, schedule, validate, fabric, *, modes, trained,
+    last, best_file, epochs, clip, validate_every, patience, accumulate, compiled,
+    settings, seed, progress,
+):  # fmt: skip
+    """Train in one process, of one or of several; the result is in the two files."""
+    whole = torch.compile(network) if compiled else network
+    whole, stepper = fabric.setup(whole, optimizer)
     loss = loss.to(fabric.device)
+    order = batches.batch_sampler
+    order.share(fabric.global_rank, fabric.world_size)
     parts = {"network": network, "loss": loss, "optimizer": optimizer}
     parts |= {"schedule": schedule} if schedule else {}
-    history = _resume(last, parts, settings, fabric)
+    names = {"settings": settings, "frozen": _frozen(network, trained)}
+    history = _resume(last, parts, names, fabric)
     bar = tqdm(
         total=epochs * len(batches), initial=len(history) * len(batches), ascii=True,
         desc="training", disable=not progress or not fabric.is_global_zero,
@@ -117,24 +162,32 @@ def fit(
         if _patience_ended(history, patience):
             break
         torch.manual_seed(seed * 1_000_003 + epoch * 1009 + fabric.global_rank)
-        batches.batch_sampler.set_epoch(epoch)
+        order.set_epoch(epoch)
         summed, images, waited, start = 0.0, 0, 0.0, time.perf_counter()
-        ready = start
+        ready, counts = start, False
         for step, (inputs, labels) in enumerate(batches, 1):
             waited += time.perf_counter() - ready
+            begun = (step - 1) // accumulate * accumulate
+            several = min(accumulate, len(batches) - begun)
+            stepping = step == begun + several
             inputs, labels = fabric.to_device((_channels_last(inputs), labels))
-            outputs, labels = _global((run(inputs), labels), fabric)
-            value = loss(_float32(outputs), labels)
-            if not torch.isfinite(value):
-                raise FloatingPointError(_bad("loss", value, epoch, step, last))
-            stepper.zero_grad()
-            if value != 0:  # exactly 0: no anchor counts, and then no step is taken
-                fabric.backward(value)
+            with fabric.no_backward_sync(whole, enabled=not stepping):
+                outputs, labels = _global((whole(inputs), labels), fabric)
+                value = loss(_float32(outputs), labels)
+                if not torch.isfinite(value):
+                    raise FloatingPointError(_bad("loss", value, epoch, step, last))
+                if step == begun + 1:
+                    stepper.zero_grad()
+                if value != 0:  # exactly 0: no anchor counts, and then no step is taken
+                    fabric.backward(value if several == 1 else value / several)
+                    counts = True
+            if stepping and counts:
                 if clip:
                     fabric.clip_gradients(
-                        run, stepper, max_norm=clip, error_if_nonfinite=False
+                        whole, stepper, max_norm=clip, error_if_nonfinite=False
                     )
                 stepper.step()
+                counts = False
             summed, images = summed + value.item(), images + len(labels)
             ready = time.perf_counter()
             speed, share = images / (ready - start), waited / (ready - start)
@@ -148,25 +201,38 @@ def fit(
         if not all(torch.isfinite(p).all() for p in network.parameters()):
             raise FloatingPointError(_bad("a weight", "NaN", epoch, step, last))
         network.eval()
-        score = float("nan") if validate is None else float(validate(network))
+        due = validate and (epoch % validate_every == 0 or epoch == epochs)
+        score = float(validate(network)) if due else float("nan")
         for part, mode in modes:
             part.training = mode
         known = [row["score"] for row in history if row["best"]]
-        better = validate is None or not known or score > known[-1]
+        better = validate is None or bool(due and (not known or score > known[-1]))
         history.append({
             "epoch": epoch, "loss": summed / step, "score": score,
             "images_per_second": round(speed, 2), "waiting": round(share, 4),
             "best": better,
         })  # fmt: skip
         state = {name: part.state_dict() for name, part in parts.items()}
+        state["network"] = {name: state["network"][name] for name in trained}
         if better:
             _save({"network": state["network"]}, best_file, fabric)
-        _save(state | {"history": history, "settings": settings}, last, fabric)
+        _save(state | names | {"history": history}, last, fabric)
     bar.close()
-    weights = torch.load(best_file, map_location="cpu", weights_only=True)["network"]
-    network = network.to("cpu", memory_format=torch.contiguous_format)
-    network.load_state_dict(weights)
-    return Fitted(network.eval(), pd.DataFrame(history))
+
+
+def _trained_names(network):
+    """Entries of the state that training can change: not what is frozen."""
+    names = {name for name, p in network.named_parameters() if p.requires_grad}
+    for name, part in network.named_modules():
+        if part.training:  # running means of batch norm
+            own = part.named_buffers(name, recurse=False)
+            names |= {buffer for buffer, _ in own}
+    return [name for name in network.state_dict() if name in names]
+
+
+def _frozen(network, trained):
+    state = network.state_dict()
+    return digest({name: state[name] for name in state if name not in set(trained)})
 
 
 def _check_seed(settings, seed):
@@ -179,18 +245,20 @@ def _check_seed(settings, seed):
         )
 
 
-def _resume(last, parts, settings, fabric):
+def _resume(last, parts, names, fabric):
     """Load the last checkpoint into the parts; return its history."""
     if not last.is_file():
         return []
     state = torch.load(last, map_location=fabric.device, weights_only=True)
-    if state["settings"] != settings:
-        raise ValueError(
-            f"{last.parent} holds a run with settings {state['settings']}; this one "
-            f"has {settings}: give it a folder of its own"
-        )
+    for name, wanted in names.items():
+        if state[name] != wanted:
+            raise ValueError(
+                f"{last.parent} holds a run with {name} {state[name]}; this one has "
+                f"{wanted}: give it a folder of its own"
+            )
     for name, part in parts.items():
-        part.load_state_dict(state[name])
+        strict = {"strict": False} if name == "network" else {}
+        part.load_state_dict(state[name], **strict)
     return state["history"]
 
 

@@ -44,7 +44,7 @@ def batches(*sizes, of=None, labels=LABELS, **more):
 
 def run(folder, epochs=6, pause=0.0, fabric=None, dropout=0.3, **more):
     network, optimizer, schedule = parts(dropout=dropout)
-    fed = batches(16, 4, seed=1, fabric=fabric)
+    fed = batches(16, 4, seed=1)
 
     def validate(network):
         time.sleep(pause)

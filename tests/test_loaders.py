@@ -138,7 +138,10 @@ def test_the_order_is_that_of_seed_and_epoch():
 
 def test_processes_share_one_global_batch():
     whole = batches_of(BatchOrder(LABELS, 8, 4), 1)
-    parts = [batches_of(BatchOrder(LABELS, 8, 4, rank=r, world=2), 1) for r in (0, 1)]
+    orders = [BatchOrder(LABELS, 8, 4) for _ in range(2)]
+    for rank, order in enumerate(orders):
+        order.share(rank, 2)
+    parts = [batches_of(order, 1) for order in orders]
     for batch, *shares in zip(whole, *parts, strict=True):
         assert sorted(batch) == sorted(shares[0] + shares[1])
         assert len(shares[0]) == 4
@@ -146,11 +149,13 @@ def test_processes_share_one_global_batch():
 
 @pytest.mark.parametrize(
     "how", [{"batch_size": 41}, {"batch_size": 10, "per_class": 4},
-            {"batch_size": 9, "world": 2}, {"batch_size": 20, "steps": 3}],
+            {"batch_size": 20, "steps": 3}],
 )  # fmt: skip
 def test_impossible_batches_are_refused(how):
     with pytest.raises(ValueError, match="expected at least one whole batch"):
         BatchOrder(LABELS, **how)
+    with pytest.raises(ValueError, match="batches of 9 over 2 processes"):
+        BatchOrder(LABELS, 9).share(0, 2)
 
 
 class TwoMaps(nn.Module):

@@ -56,14 +56,17 @@ def test_killed_and_started_again_gives_the_same_weights_to_the_bit(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_see_the_global_batch(tmp_path):
+@pytest.mark.parametrize("start", ["ddp", "ddp_fork"])  # a script's, a notebook's
+def test_two_processes_see_the_global_batch(tmp_path, start):
     one = run(tmp_path / "one", epochs=2, dropout=0.0)
     folder = tmp_path / "two"
     lines = f"""
     if __name__ == "__main__":
-        fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
-        fabric.launch()
-        run({str(folder)!r}, epochs=2, dropout=0.0, fabric=fabric)
+        fabric = Fabric(accelerator="cpu", devices=2, strategy={start!r})
+        if {start!r} == "ddp":
+            fabric.launch()
+        fitted = run({str(folder)!r}, epochs=2, dropout=0.0, fabric=fabric)
+        assert list(fitted.history["epoch"]) == [1, 2]
     """
     subprocess.run(script(tmp_path, lines), check=True, timeout=300)
     state = torch.load(folder / "last.pt", weights_only=True)
@@ -206,3 +209,71 @@ def test_mixed_precision_computes_the_loss_in_float32(tmp_path):
     )  # fmt: skip
     assert set(seen) == {torch.float32}
     assert next(fitted.network.parameters()).dtype == torch.float32
+
+
+def classifier():
+    """A frozen layer with batch norm in evaluation mode, and a trained head."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(),
+                            nn.BatchNorm1d(144), nn.Linear(144, 4))  # fmt: skip
+    network[:2].eval().requires_grad_(False)
+    optimizer = torch.optim.SGD(network[3:].parameters(), lr=0.05)
+    return network, optimizer
+
+
+def fit_classifier(network, optimizer, folder, size=16, **more):
+    more = {"epochs": 1} | more
+    return fit(
+        network, nn.CrossEntropyLoss(), batches(size, seed=1), optimizer=optimizer,
+        folder=folder, progress=False, **more,
+    )  # fmt: skip
+
+
+def test_accumulated_batches_take_the_step_of_one_large_batch(tmp_path):
+    """Without batch norm and with equal parts, mean gradients are the same."""
+    found = []
+    for size, accumulate in ((48, 1), (16, 3), (16, 2)):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        fit_classifier(
+            network, optimizer, tmp_path / f"{size}-{accumulate}", size,
+            accumulate=accumulate,
+        )  # fmt: skip
+        found.append(network[1].weight.detach())
+    torch.testing.assert_close(found[0], found[1])
+    assert not torch.allclose(found[0], found[2], atol=1e-4)  # two steps, not one
+    with pytest.raises(ValueError, match="accumulate=2 with MultiSimilarityLoss"):
+        run(tmp_path / "pairs", accumulate=2)
+
+
+def test_checkpoints_hold_what_is_trained_and_know_what_is_frozen(tmp_path):
+    network, optimizer = classifier()
+    fitted = fit_classifier(network, optimizer, tmp_path)
+    saved = torch.load(tmp_path / "best.pt", weights_only=True)["network"]
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    assert set(saved) == {f"3.{n}" for n in norm} | {"4.weight", "4.bias"}
+    again, optimizer = classifier()
+    loaded = fit_classifier(again, optimizer, tmp_path)  # finished: loads, trains not
+    assert same_weights(loaded.network, fitted.network)
+    other, optimizer = classifier()
+    other[0].weight.data += 1
+    with pytest.raises(ValueError, match="holds a run with frozen"):
+        fit_classifier(other, optimizer, tmp_path)
+
+
+def test_validation_every_second_epoch_and_after_the_last(tmp_path):
+    network, optimizer = classifier()
+    scores = iter([0.3, 0.1, 0.2])
+    fitted = fit_classifier(
+        network, optimizer, tmp_path, epochs=5, validate=lambda n: next(scores),
+        validate_every=2,
+    )  # fmt: skip
+    assert fitted.history["score"].round(1).fillna(-1).tolist() == [
+        -1,
+        0.3,
+        -1,
+        0.1,
+        0.2,
+    ]
+    assert fitted.history["best"].tolist() == [False, True, False, False, False]

@@ -126,10 +126,11 @@ def new_head(features, width, classes, dropout=0.0, seed=0) -> nn.Sequential:
     return nn.Sequential(first, nn.ReLU(), *between, last)
 
 
-def digest(module) -> str:
-    """Hash of all weights and buffers, names included."""
+def digest(state) -> str:
+    """Hash of the tensors of a state dict, or of a module; names included."""
     found = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
+    state = state.state_dict() if isinstance(state, nn.Module) else state
+    for name, tensor in state.items():
         found.update(name.encode())
         found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()[:16]
