@@ -65,6 +65,12 @@ class Split(NamedTuple):
         """Return the split of some rows of the table."""
         return Split(self.task, *(mask[rows] for mask in self[1:]))
 
+    def known(self, labels) -> Split:
+        """Leave out validation patches whose label no training patch has."""
+        labels = np.asarray(labels)
+        seen = np.isin(labels, labels[self.train])
+        return self._replace(validation=self.validation & seen)
+
     def sizes(self) -> dict:
         """Count the patches of each part."""
         parts = zip(self._fields[1:], self[1:], strict=True)

@@ -88,6 +88,12 @@ def test_organ_splits_share_no_patient_and_test_everyone_once(bench_archive):
     assert (tested == 1).all()
 
 
+def test_known_leaves_out_validation_patches_without_a_training_patch():
+    train, held = np.array([1, 0, 0, 0], bool), np.array([0, 1, 1, 0], bool)
+    split = Split("organ", train, held, train | held, ~train & ~held)
+    assert split.known(pd.Series(list("aabb"))).validation.tolist() == [0, 1, 0, 0]
+
+
 def test_bad_splits(bench_archive):
     table = bench_archive.table
     with pytest.raises(ValueError, match="valid are scan, organ"):
