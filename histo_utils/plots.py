@@ -112,10 +112,12 @@ def scale_bar(ax, width, mpp):
     ax.add_artist(bar)
 
 
-def contact_sheet(images, mpp=None, titles=None, colours=None, columns=8, inch=1.15):
+def contact_sheet(
+    images, mpp=None, titles=None, colours=None, columns=8, inch=1.15, heats=None
+):
     """Show images of one size in rows, each ``inch`` wide; one scale bar holds for all.
 
-    ``titles`` and ``colours`` (of the frames) are one per image.
+    One per image: ``titles``, ``colours`` of the frames, ``heats`` (`show_heat`).
     """
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
@@ -126,7 +128,11 @@ def contact_sheet(images, mpp=None, titles=None, colours=None, columns=8, inch=1
     for ax in axes.flat[len(images) :]:
         ax.set_axis_off()
     for i, (ax, image) in enumerate(zip(axes.flat, images, strict=False)):
-        show_tissue(ax, image, None if i else mpp)
+        bar = None if i else mpp
+        if heats is None:
+            show_tissue(ax, image, bar)
+        else:
+            show_heat(ax, image, heats[i], bar)
     for ax, title in zip(axes.flat, () if titles is None else titles, strict=False):
         ax.set_title(title, fontsize=7, pad=2)
     for ax, colour in zip(axes.flat, () if colours is None else colours, strict=False):
@@ -227,10 +233,10 @@ def intervals(ax, scores, chance=None, colour=PALETTE[0], missing="not run"):
     ax.set_axisbelow(True)
 
 
-def forest(panels, chances, columns=3, inch=0.21, missing="not run"):
+def forest(panels, chances, columns=3, inch=0.21, missing="not run", label="P@1"):
     """Show one panel of `intervals` per task: title to scores, title to chance.
 
-    All panels have the same systems, each on a line of ``inch``.
+    All panels have the same systems, each on a line of ``inch``; ``label``: the x axis.
     """
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
@@ -245,7 +251,7 @@ def forest(panels, chances, columns=3, inch=0.21, missing="not run"):
         intervals(ax, scores, chances[title], missing=missing)
         ax.set_title(title)
     for ax in axes[-1]:
-        ax.set_xlabel("P@1")
+        ax.set_xlabel(label)
     return figure
 
 
