@@ -75,19 +75,6 @@ def draw_systems(found):
     return figure
 
 
-def curve(found, rule):
-    """Coverages and risks; of results without the curve, the points of their risks."""
-    if "risk_coverage" in found:
-        points = found["risk_coverage"][rule]
-        return points["coverage"], points["risk"]
-    row = found["selective"][rule]
-    pairs = [(1.0, row["error_of_all"]["score"])]
-    for aim in ("at_20", "at_30"):
-        if isinstance(row[f"risk_{aim}"], dict):
-            pairs.append((row[f"coverage_{aim}"]["score"], row[f"risk_{aim}"]["score"]))
-    return [*zip(*sorted(pairs), strict=True)]
-
-
 def draw_risk(found):
     """Error among the answered queries against the share that is answered."""
     figure, panels = axes(9.2, 3.4, 2)
@@ -96,8 +83,9 @@ def draw_risk(found):
              "distance": ("distance of the nearest", GREEN, "--")}  # fmt: skip
     for ax, (system, title) in zip(panels, titles.items(), strict=True):
         for rule, (name, colour, dashes) in rules.items():
-            points = curve(found, f"{system}_{rule}")
-            ax.plot(*points, color=colour, ls=dashes, lw=1.8, marker=".", label=name)
+            points = found["risk_coverage"][f"{system}_{rule}"]
+            way = {"color": colour, "ls": dashes, "lw": 1.8, "label": name}
+            ax.plot(points["coverage"], points["risk"], **way)
         everything = found["selective"][f"{system}_agreement"]["error_of_all"]["score"]
         ax.axhline(everything, color="0.5", lw=1, ls=":", label="no abstention")
         ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="coverage: share of queries answered")
