@@ -26,7 +26,7 @@ $(eval $(call absolute,HISTO_WEIGHTS))
 quiet = mkdir -p $(LOG) && { $(2) >$(LOG)/$(1).log 2>&1 || { cat $(LOG)/$(1).log; exit 1; }; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv chapters book lint check pytest test publish lab clean
+.PHONY: help venv chapters book lint check pytest test plan publish lab clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 18
@@ -77,6 +77,9 @@ test:  ## install, lint, all tests, the demo book
 	@if $(MAKE) --no-print-directory -k lint pytest book PROFILE=demo; \
 	then echo "make test: PASSED (lint, tests, demo book)"; \
 	else echo "make test: FAILED, see the messages before this line"; exit 1; fi
+
+plan: venv  ## what the papers' experiments need: data, GB, hours, before any is run
+	@$(BIN)/python tools/plan.py $(PLAN)
 
 publish: book  ## build the book and push it to the branch gh-pages
 	$(BIN)/ghp-import -n -p -f $(HTML)

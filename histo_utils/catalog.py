@@ -60,6 +60,7 @@ class Dataset:
     files: tuple[File, ...] = ()
     parts: dict = dataclasses.field(default_factory=dict)
     layout: str | None = None
+    images: dict = dataclasses.field(default_factory=dict)
 
 
 @functools.cache

@@ -63,6 +63,7 @@ def test_a_wrong_beginning_is_refused():
      ("mobilenetv2_035", 64, None), ("vgg16", 64, None), ("inception_v3", 96, None)],
 )  # fmt: skip
 def test_a_cut_network_is_the_same_one(name, side, stage):
+    torch.manual_seed(0)  # the same weights and images in every run
     network = timm.create_model(name).eval()
     front, back = cut(Pooled(network), stage)
     x = torch.rand(2, 3, side, side)
