@@ -48,7 +48,7 @@ def read_experiment(path):
 
 def counts_of(name, published=False):
     """Whether a data set is there; its images by part, their side in px, and its GB."""
-    known = catalog.datasets().get(name)
+    known = catalog.datasets().get(Path(name).name)
     facts = dict(known.images) if known else {}
     if not facts and "rgb" in name.lower():  # no other count of these is published
         facts = dict(catalog.datasets()["kimia_path24c"].images)
@@ -63,7 +63,7 @@ def counts_of(name, published=False):
             images = sum(Path(f).suffix.lower() in SUFFIXES for f in files)
             if steps and images:
                 seen[part] = seen.get(part, 0) + images
-    return disk > 0, seen or facts, side, disk / 1e9 if disk else size
+    return disk > 0, seen or facts, side, disk / 1e9 if disk else float(size)
 
 
 def plan(path, gpu, rates, published=False):
@@ -73,11 +73,8 @@ def plan(path, gpu, rates, published=False):
     other = p.get("test_dataset")
     if other and other != p["dataset"]:
         found, theirs, _, more = counts_of(other, published)
-        there, n, disk = (
-            there and found,
-            n | {"test": theirs.get("test", 0)},
-            disk + more,
-        )
+        there, disk = there and found, disk + more
+        n = n | {"test": theirs.get("test", 0)}
     precision, devices = p.get("precision", "32-true"), p.get("devices", 1)
     speed = rates[16 if "16" in precision else 32]
     found, decoded = stages(chapter[:2], p, n)
@@ -98,7 +95,8 @@ def plan(path, gpu, rates, published=False):
             most = int((gpu * 1e9 - fixed) / (c.saved / batch))
             times = math.ceil(batch / max(1, most))
             pairs = chapter.startswith("07")  # accumulate is refused
-            advice = f"devices {times}" if pairs else f"1/{times} of the batch"
+            advice = f"batch {batch // times}, accumulate {times}"
+            advice = f"devices {times}" if pairs else advice
             advice = advice if most > 0 else "a smaller input_size"
     small = p.get("resize") or (p.get("input_size") if chapter[:2] == "08" else 0)
     if small and small < side:  # large tiles are resized once, then read small
