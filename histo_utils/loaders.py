@@ -10,8 +10,11 @@ way to train and one to embed serve both. A *transform* changes what is seen and
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,12 +22,16 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 from tqdm import tqdm
 
-from histo_utils import patches
+from histo_utils import patches, provenance
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
+}
+FORMATS = {  # of resized copies
+    ".png": {"format": "PNG"},
+    ".jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
 }
 
 
@@ -128,6 +135,66 @@ class Resized:
         """Return uint8 (size, size, 3)."""
         how = INTERPOLATIONS[self.interpolation]
         return np.asarray(Image.fromarray(image).resize((self.size, self.size), how))
+
+
+def resized_once(table, size, interpolation, folder, workers=0, suffix=".png"):
+    """Keep every patch of a table, made ``size`` px wide, as an image file of its own.
+
+    Reading a large tile at each access costs more than training on it. A copy's name
+    holds the hash of what it is made from: run again, only what is missing is made.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        A patch table.
+    size : int
+        Side of the copies in pixels.
+    interpolation : str
+        As in `Preprocessing`.
+    folder : path
+        Where the copies lie, in a folder for each folder of images.
+    workers : int
+        Processes that read, resize and write.
+    suffix : {".png", ".jpg"}
+        PNG keeps the pixels as resized; JPEG (quality 95) takes a fraction of the disk.
+
+    Returns
+    -------
+    pandas.DataFrame
+        The table with ``image``, ``size``, ``mpp`` and ``slide_mpp`` of the copies, and
+        ``x`` and ``y`` 0: where a patch lies on its slide only the given table says.
+    """
+    if suffix not in FORMATS or interpolation not in INTERPOLATIONS or size < 1:
+        raise ValueError(
+            f"size={size}, interpolation={interpolation!r}, suffix={suffix!r}; expected"
+            f" 1 px or more, {' or '.join(INTERPOLATIONS)}, {' or '.join(FORMATS)}"
+        )
+    columns = [c for c in ("x", "y", "size", "mpp", "slide_mpp") if c in table]
+    facts = {image: Path(image).stat() for image in table["image"].unique()}
+    made = []
+    for image, *where in table[["image", *columns]].itertuples(index=False):
+        key = [image, facts[image].st_size, facts[image].st_mtime_ns, *where]
+        digest = hashlib.sha256(repr([*key, size, interpolation]).encode()).hexdigest()
+        name = f"{Path(image).stem}-{digest[:16]}{suffix}"
+        made.append(Path(folder) / Path(image).parent.name / name)
+    rows = {path: row for row, path in enumerate(made)}  # a patch may be there twice
+    jobs = DataLoader(
+        [(path, row) for path, row in rows.items() if not path.exists()], None,
+        num_workers=workers,
+        collate_fn=partial(_copy, table, Resized(size, interpolation)),
+    )  # fmt: skip
+    for _ in tqdm(jobs, "resizing", unit="patch", ascii=True, disable=not len(jobs)):
+        pass
+    mpp = table["mpp"] * table["size"] / size
+    copies = {"image": list(map(str, made)), "size": size, "mpp": mpp, "slide_mpp": mpp}
+    return table.assign(x=0, y=0, **copies)
+
+
+def _copy(table, resize, job):
+    path, row = job
+    image = resize(patches.read_patch(table.iloc[row]))
+    with provenance.new_file(path) as part:
+        Image.fromarray(image).save(part, **FORMATS[path.suffix])
 
 
 class PatchDataset(Dataset):

@@ -1,8 +1,10 @@
 """Data sets of either kind; batches whose order follows from seed and epoch alone."""
 
 import pickle
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +21,7 @@ from histo_utils.loaders import (
     colour,
     grey,
     outputs,
+    resized_once,
     training_batches,
 )
 
@@ -224,3 +227,46 @@ def test_grey_is_grey():
     assert abs(made[..., 0] - luma).max() <= 1
     assert (grey(made) == made).all()
     assert colour(image) is image
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_patches_are_resized_once(tmp_path, monkeypatch, workers):
+    """Values as Pillow's; what is there is not read again; a new source is."""
+    rng, rows = np.random.default_rng(0), []
+    for part in ("train", "test"):  # the same name twice
+        (tmp_path / part / "s0").mkdir(parents=True)
+        path = tmp_path / part / "s0" / "s0_1.png"
+        Image.fromarray(rng.integers(0, 255, (50, 50, 3), np.uint8)).save(path)
+        rows.append({"image": str(path), "x": 0, "y": 0, "size": 50, "mpp": 0.5})
+    table = pd.DataFrame(rows).assign(slide="s0", slide_mpp=0.5, patient=None, label=1)
+    made = resized_once(table, 20, "bicubic", tmp_path / "small", workers)
+    for image, row in zip(table["image"], made.to_dict("records"), strict=True):
+        expected = Image.open(image).resize((20, 20), Image.Resampling.BICUBIC)
+        assert np.array_equal(np.asarray(Image.open(row["image"])), expected)
+        assert np.array_equal(patches.read_patch(row), expected)
+        assert (row["size"], row["mpp"], row["slide_mpp"]) == (20, 1.25, 1.25)
+    assert made["label"].tolist() == [1, 1] and made["image"].nunique() == 2
+    assert not list((tmp_path / "small").rglob("*.part"))
+    read, original = [], patches.read_patch
+    monkeypatch.setattr(patches, "read_patch", lambda r: read.append(r) or original(r))
+    Path(made["image"][1]).unlink()  # as after a kill
+    resized_once(table, 20, "bicubic", tmp_path / "small")
+    assert [r["image"] for r in read] == [table["image"][1]]
+    Image.new("RGB", (50, 50), "red").save(table["image"][0])
+    patches._opened.cache_clear()  # it holds the old file
+    again = resized_once(table, 20, "bicubic", tmp_path / "small")
+    assert patches.read_patch(again.iloc[0])[0, 0].tolist() == [255, 0, 0]
+    assert again["image"][1] == made["image"][1]
+
+
+def test_resized_copies_as_jpeg_and_what_is_refused(tmp_path, table):
+    made = resized_once(table, 64, "bilinear", tmp_path, suffix=".jpg")
+    for i in (0, 11):
+        whole = patches.read_patch(table.iloc[i])
+        expected = Resized(64, "bilinear")(whole).astype(float)
+        assert np.abs(patches.read_patch(made.iloc[i]) - expected).mean() < 3
+    assert not made["x"].any() and made["mpp"].eq(0.5 * 256 / 64).all()
+    for wrong in ({"suffix": ".gif"}, {"interpolation": "best"}, {"size": 0}):
+        how = {"size": 64, "interpolation": "bicubic", "folder": tmp_path} | wrong
+        with pytest.raises(ValueError, match="expected 1 px or more"):
+            resized_once(table, **how)
