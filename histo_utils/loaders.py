@@ -298,9 +298,10 @@ def training_batches(
     if classes is not None:
         codes = np.searchsorted(classes, known)[codes]
     order = BatchOrder(codes, batch_size, per_class, steps, seed)
+    # not is_available(), after which processes that are forked cannot use the GPU
     return DataLoader(
         _Labelled(data, rows, codes), batch_sampler=order, num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.device_count() > 0,
     )  # fmt: skip
 
 

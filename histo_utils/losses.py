@@ -83,21 +83,32 @@ class ABELoss(nn.Module):
     Parameters
     ----------
     lambda_div, margin, margin_div : float
+    learners : int, optional
+        How many stand side by side in the rows of `networks.Joined`.
     """
 
     pairwise = True
 
-    def __init__(self, lambda_div=0.05, margin=0.5, margin_div=0.2):
+    def __init__(self, lambda_div=0.05, margin=0.5, margin_div=0.2, learners=None):
         super().__init__()
         self.lambda_div, self.margin, self.margin_div = lambda_div, margin, margin_div
+        self.learners = learners
 
     def forward(self, embeddings, labels):
-        """Return the loss of a list of two learners' unit rows (n, d) or more."""
+        """Return the loss of two learners' unit rows (n, d) or more.
+
+        A list of them, or one array of rows (n, learners · d) in which each learner's
+        part is scaled alike.
+        """
+        if torch.is_tensor(embeddings) and embeddings.ndim == 2 and self.learners:
+            parts = _full(embeddings).chunk(self.learners, dim=1)
+            embeddings = [nn.functional.normalize(part, dim=1) for part in parts]
         one = torch.is_tensor(embeddings) and embeddings.ndim != 3
         if one or len(embeddings) < 2:
             raise ValueError(
                 "ABELoss takes a list of embeddings, one (n, d) for each of two "
-                "learners or more; for a single learner use ContrastiveLoss"
+                "learners or more, or their rows joined and learners=; for a single "
+                "learner use ContrastiveLoss"
             )
         learners, margin = [_full(x) for x in embeddings], self.margin_div
         pairs = [_pairs(x, labels) for x in learners]

@@ -276,6 +276,28 @@ def confusion(ax, outcomes) -> pd.DataFrame:
     return counts
 
 
+def confusions(panels):
+    """Show confusion matrices of many classes side by side, without numbers.
+
+    ``panels``: title to (labels, predicted labels). Rows are shares of the label's
+    queries; the colour is full at a fifth, so that rare errors can be seen.
+    """
+    from sklearn.metrics import ConfusionMatrixDisplay  # here: it takes a second
+
+    size = (5 * len(panels), 5)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
+    for ax, (title, (truth, predicted)) in zip(axes.flat, panels.items(), strict=True):
+        names = sorted({*truth, *predicted}, key=lambda name: (len(str(name)), name))
+        ConfusionMatrixDisplay.from_predictions(
+            truth, predicted, labels=names, normalize="true", include_values=False,
+            ax=ax, cmap="Blues", colorbar=False, im_kw={"vmax": 0.2},
+            xticks_rotation="vertical",
+        )  # fmt: skip
+        ax.set_title(title)
+        ax.tick_params(labelsize=7)
+    return figure
+
+
 def scatter_by(ax, points, values):
     """Show points (n, 2) of a map, one colour and marker per value, without ticks."""
     values = np.asarray(values).astype(str)

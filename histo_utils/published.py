@@ -12,9 +12,14 @@ from scipy.spatial.distance import cdist
 from histo_utils import metrics
 
 _FACTS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+ETAS = ("η_p", "η_w", "η_total")  # of Kimia Path24
 PATH24_TEST_COUNTS = tuple(_FACTS["path24_test_counts"])
 YANG_ERRORS = _FACTS["yang_errors"]
 YANG_ETA = tuple(_FACTS["yang_eta"])
+YANG_BY_SHARE = {  # of each class's training patches
+    f"{percent}%": dict(zip(ETAS, [x / 100 for x in bars], strict=True))
+    for percent, bars in _FACTS["yang_size_curve"].items()
+} | {"100%": dict(zip(ETAS, YANG_ETA, strict=True))}
 KIEFFER_TABLE = _FACTS["kieffer_table"]
 KIEFFER_GAIN = _FACTS["kieffer_gain"]
 LGFFEM_ETA = tuple(_FACTS["lgffem_eta"])

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from histo_utils import metrics
+from histo_utils import metrics, published
 
 _CELLS = 2**22  # numbers held at once
 
@@ -72,6 +72,38 @@ def score_table(
         values, patients = _values(part, value)
         labels = part["label"].to_numpy()[: len(patients)] if macro else None
         rows[name] = score(values, patients, labels, n_boot=n_boot, seed=seed)
+    return _table(rows, by)
+
+
+def eta_table(outcomes, by="system", n_boot=2000, seed=0) -> pd.DataFrame:
+    """η_p, η_w and η_total (`metrics.eta_scores`), with 95 % intervals over scans.
+
+    The labels are the scans; they are drawn with replacement, with the queries of all
+    seeds. Indexed by ``by``; each cell holds ``score`` (mean over seeds), ``low``,
+    ``high``, ``n`` (scans) and ``seeds`` (the score of each), as `report` takes them.
+    """
+    rows = {}
+    for name, part in _groups(outcomes, by):
+        hits = (part["predicted"] == part["label"]).groupby(part["label"])
+        right, n = hits.sum().to_numpy(), hits.size().to_numpy()
+        drawn = np.random.default_rng(seed).integers(len(n), size=(n_boot, len(n)))
+        p, w = right[drawn].sum(1) / n[drawn].sum(1), (right / n)[drawn].mean(1)
+        low, high = np.quantile([p, w, p * w], [0.025, 0.975], axis=1)
+        runs = part.assign(seed=part.get("seed", 0)).groupby("seed", dropna=False)
+        each = [metrics.eta_scores(r["label"], r["predicted"], len(n)) for _, r in runs]
+        ends = zip(
+            low.tolist(), high.tolist(), np.transpose(each).tolist(), strict=True
+        )
+        rows[name] = {
+            eta: {
+                "score": float(np.mean(x)),
+                "low": a,
+                "high": b,
+                "n": len(n),
+                "seeds": x,
+            }
+            for eta, (a, b, x) in zip(published.ETAS, ends, strict=True)
+        }
     return _table(rows, by)
 
 

@@ -57,6 +57,20 @@ def test_golden_ensemble(known):
     assert alone == pytest.approx(exact["contrastive_exact"], abs=1e-9)
 
 
+def test_the_ensemble_s_loss_of_joined_learners_is_that_of_their_list(known):
+    """Value and gradient; as `Joined` puts them side by side."""
+    arrays, _ = known
+    x, y = torch.tensor(arrays["ABE_x"]), torch.tensor(arrays["ABE_y"])
+    lists, joined = x.clone().requires_grad_(), x.clone().requires_grad_()
+    rows = torch.nn.functional.normalize(torch.cat(list(joined), 1), dim=1)
+    values = ABELoss()(list(lists), y), ABELoss(learners=len(x))(rows, y)
+    assert values[0].item() == pytest.approx(values[1].item(), abs=1e-12)
+    for value in values:
+        value.backward()
+    along = (lists.grad * x).sum(2, keepdim=True) * x  # joining takes length away
+    assert torch.allclose(lists.grad - along, joined.grad, atol=1e-12)
+
+
 def test_golden_gradient(known):
     arrays, _ = known
     x = torch.tensor(arrays["A_mixed_x"], requires_grad=True)

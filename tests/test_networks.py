@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from histo_utils.encoders import NETWORKS as NAMED
 from histo_utils.networks import (
     ABEM,
     BranchedAttentionResNet50,
@@ -124,6 +125,18 @@ def test_parameter_counts(shapes, name):
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("branched_attention_resnet50", 47_131_840), ("abe_m", 10_534_720)],
+)
+def test_an_ensemble_by_name_has_the_papers_size_and_512_dimensions(name, count):
+    """As chapter 07 builds it: ``dim`` is that of all learners together."""
+    with torch.device("meta"):
+        network = NAMED[name](dim=512)
+    assert n_parameters(network) == count and network.learners == 4
+    assert network(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 512)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_shapes_for_224_pixels(shapes, name):
     """Every part's outputs, as often as it runs; meta tensors: nothing is computed."""
@@ -190,7 +203,7 @@ def test_the_mask_multiplies_the_map():
 @pytest.mark.parametrize(
     "network",
     [
-        BranchedAttentionResNet50(learners=2, dim=6),
+        BranchedAttentionResNet50(learners=2, dim=12),
         ABEM(learners=2, dim=12, dropout=0.0),
     ],
     ids=lambda network: type(network).__name__,
@@ -208,8 +221,9 @@ def test_learners_differ_only_by_their_mask(network):
 
 
 def test_impossible_sizes_are_refused():
-    with pytest.raises(ValueError, match="100 dimensions cannot be shared by 3"):
-        ABEM(learners=3, dim=100)
+    for build in (ABEM, BranchedAttentionResNet50):
+        with pytest.raises(ValueError, match="100 dimensions cannot be shared by 3"):
+            build(learners=3, dim=100)
     with pytest.raises(ValueError, match="without widths"):
         CBRNet(())
 

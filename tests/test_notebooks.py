@@ -120,7 +120,7 @@ def test_nothing_the_page_would_fetch(path):
     "path", PROFILE_FILES, ids=lambda p: f"{p.parent.name}-{p.stem}"
 )
 def test_profile_keys_are_parameters_of_the_notebook(path):
-    notebook = ROOT / "notebooks" / f"{path.stem}.ipynb"
+    notebook = ROOT / "notebooks" / f"{path.stem.split('.')[0]}.ipynb"
     assert notebook.exists(), f"{path} belongs to no notebook"
     keys = set(yaml.safe_load(path.read_text("utf8")) or {})
     assert keys <= parameter_names(notebook), f"known: {parameter_names(notebook)}"

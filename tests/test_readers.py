@@ -53,6 +53,27 @@ def test_colour_path24_comes_with_its_split(make, name, tmp_path):
         assert len(check_patches(part)) == (22 if split == "train" else 11)
 
 
+@pytest.mark.parametrize(("make", "n"), [("path24_rgb", 11), ("path24c", 24)])
+def test_folders_of_path24_may_be_numbers(make, n, tmp_path):
+    place = getattr(miniatures, make)(tmp_path, n_classes=n, n_train=2, n_test=1)
+    expected = patch_table(place).drop(columns="image")
+    for folder in list(place.glob("*/s*")):
+        folder.rename(folder.with_name(folder.name[1:]))
+    found = patch_table(place)
+    pd.testing.assert_frame_equal(found.drop(columns="image"), expected)
+    assert found["image"].map(lambda i: Path(i).parent.name[0]).str.isdigit().all()
+
+
+def test_other_numbered_folders_are_not_path24(tmp_path):
+    """0 and 1 are any two classes, unless all 24 are there or the release is named."""
+    place = miniatures.path24c(tmp_path, n_classes=2)
+    for folder in list(place.glob("*/s*")):
+        folder.rename(folder.with_name(folder.name[1:]))
+    table = patch_table(place)
+    assert set(table["label"]) == {"0", "1"} and table["patient"].isna().all()
+    assert table["mpp"].isna().all()
+
+
 def test_path24c_lists_equal_training_files_once(tmp_path):
     place = miniatures.path24c(tmp_path)
     assert (place / "train/s0/s0_900.jpg").exists()

@@ -15,6 +15,7 @@ from histo_utils.statistics import (
     compare,
     compare_table,
     detectable_difference,
+    eta_table,
     holm,
     nested,
     report,
@@ -245,3 +246,21 @@ def test_detectable_difference():
         stats.ttest_1samp(rng.normal(size, 1, 60), 0).pvalue < 0.05 for _ in range(800)
     ]
     assert abs(np.mean(found) - 0.8) < 0.05
+
+
+def test_eta_over_scans_by_hand():
+    """Two seeds; intervals draw whole scans, η_total is their product in each draw."""
+    outcomes = pd.DataFrame({
+        "system": "net", "seed": [0] * 5 + [1] * 5, "query": [*range(5)] * 2,
+        "label": list("aaabb") * 2, "predicted": list("aaaba" + "aabbb"),
+    })  # fmt: skip
+    found = eta_table(outcomes, seed=3).loc["net"]
+    assert found["η_p"]["seeds"] == pytest.approx([4 / 5, 4 / 5])
+    assert found["η_w"]["seeds"] == pytest.approx([3 / 4, 5 / 6])
+    assert found["η_total"]["score"] == pytest.approx((3 / 5 + 2 / 3) / 2)
+    drawn = np.random.default_rng(3).integers(2, size=(2000, 2))
+    right, n = np.array([5, 3]), np.array([6, 4])
+    p, w = right[drawn].sum(1) / n[drawn].sum(1), (right / n)[drawn].mean(1)
+    ends = np.quantile(p * w, [0.025, 0.975])
+    assert [found["η_total"][end] for end in ("low", "high")] == pytest.approx(ends)
+    assert found["η_w"]["n"] == 2 and report({"net": found}).shape == (1, 3)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from timm.layers import SEModule
 from torch import nn
 
+from histo_utils.networks.ensemble import learner_dim
+
 EXPANSION = 4  # a bottleneck's output has four times its inner width
 REDUCTION = 16  # of the channels inside squeeze-and-excitation
 
@@ -88,10 +90,12 @@ class MixedAttentionSEResNet50(nn.Module):
 class BranchedAttentionResNet50(nn.Module):
     """ResNet-50 whose learners share all but their mask (Yang et al. 2019)."""
 
-    # 47,131,840 parameters for 4 learners of 128 dimensions. The shared attention runs
-    # once, in the released code per learner: running means there move more often.
-    def __init__(self, learners: int = 4, dim: int = 128):
+    # 47,131,840 parameters for 4 learners of 512 dimensions together. The shared
+    # attention runs once, in the released code per learner: running means there move
+    # more often.
+    def __init__(self, learners: int = 4, dim: int = 512):
         super().__init__()
+        share = learner_dim(learners, dim)
         self.stem = _stem()
         self.stage1 = _stage(64, 64, 3, 1)
         self.stage2 = _stage(256, 128, 4, 2)
@@ -99,10 +103,10 @@ class BranchedAttentionResNet50(nn.Module):
         self.attention = _stage(1024, 512, 3, 1)
         self.masks = nn.ModuleList(_sigmoid_mask() for _ in range(learners))
         self.stage4 = _stage(1024, 512, 3, 2)
-        self.embed = nn.Linear(2048, dim)
+        self.embed = nn.Linear(2048, share)
 
     def forward(self, x):
-        """Return a list of unit vectors (b, dim), one per learner."""
+        """Return a list of unit vectors (b, dim / learners), one per learner."""
         x = self.stage3(self.stage2(self.stage1(self.stem(x))))
         attention = self.attention(x)
         maps = [self.stage4(x * mask(attention)) for mask in self.masks]

@@ -65,11 +65,7 @@ class ABEM(nn.Module):
 
     def __init__(self, learners: int = 4, dim: int = 512, dropout: float = 0.4):
         super().__init__()
-        if learners < 1 or dim % learners:
-            raise ValueError(
-                f"{dim} dimensions cannot be shared by {learners} learners; choose dim "
-                "as a multiple of learners"
-            )
+        share = learner_dim(learners, dim)
         self.stem = nn.Sequential(
             *_conv(3, 64, 7, stride=2), _pool(), *_conv(64, 192, 3), _pool()
         )
@@ -81,7 +77,7 @@ class ABEM(nn.Module):
         self.stage4 = nn.Sequential(*_inceptions(480, *STAGE4), _pool())
         self.stage5 = nn.Sequential(*_inceptions(832, "5a", "5b"))
         self.dropout = nn.Dropout2d(dropout)
-        self.embed = nn.Linear(1024, dim // learners)
+        self.embed = nn.Linear(1024, share)
 
     def forward(self, x):
         """Return a list of unit vectors (b, dim / learners), one per learner."""
@@ -92,6 +88,16 @@ class ABEM(nn.Module):
     def _learn(self, x):
         x = F.adaptive_avg_pool2d(self.stage5(self.stage4(x)), 1)
         return F.normalize(self.embed(self.dropout(x).flatten(1)), dim=1)
+
+
+def learner_dim(learners, dim):
+    """Length of one learner's embedding, where all learners together have ``dim``."""
+    if learners < 1 or dim % learners:
+        raise ValueError(
+            f"{dim} dimensions cannot be shared by {learners} learners; choose dim as "
+            "a multiple of learners"
+        )
+    return dim // learners
 
 
 def _conv(in_channels, out_channels, kernel, stride=1):

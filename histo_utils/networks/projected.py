@@ -77,6 +77,11 @@ class Joined(torch.nn.Module):
         super().__init__()
         self.body = body
 
+    @property
+    def learners(self):
+        """Number of learners, M."""
+        return len(self.body.masks)
+
     def forward(self, x):
         """Return (b, M d) unit vectors of (b, 3, h, w) images."""
         return F.normalize(torch.cat(self.body(x), dim=1), dim=1)

@@ -34,9 +34,11 @@ def read_class_folders(folder):
     Columns of the patch table with ``label`` (the folder's name), ``slide`` (the file's
     stem) and ``split`` or ``fold``; patients are not published. Kimia Path24 (classes
     ``s0`` to ``s23``) has one slide per class: ``slide`` and ``patient`` are the label,
-    **and every patient is in both splits**. Its training files with the same bytes are
-    listed once, since the archives of Path24C may overlap. None if there are no such
-    folders; ValueError if an image is not square, or an NCT-CRC set lacks a class.
+    **and every patient is in both splits**; folders ``0`` to ``23`` are its classes too
+    (under the two parts of KIMIAPath24_RGB, else if all 24 are there). Its training
+    files with the same bytes are listed once, since the archives of Path24C may
+    overlap. None if there are no such folders; ValueError if an image is not square, or
+    an NCT-CRC set lacks a class.
     """
     folder = Path(folder)
 
@@ -56,10 +58,10 @@ def read_class_folders(folder):
 
 
 def _class_folders(folder):
-    """Folders that hold images: s2 before s10, else by name."""
+    """Folders that hold images: s2 before s10, 2 before 10, else by name."""
 
     def order(place):
-        number = re.fullmatch(r"s(\d+)", place.name)
+        number = re.fullmatch(r"s?(\d+)", place.name)
         return int(number[1]) if number else -1, place.name
 
     places = folder.iterdir() if folder.is_dir() else ()
@@ -84,6 +86,10 @@ def _read(folder):
             rows.append((str(path), width, place.name, path.stem))
     table = pd.DataFrame(rows, columns=["image", "size", "label", "slide"])
     table["patient"] = None
+    own = table["label"].map({str(i): name for i, name in enumerate(PATH24_CLASSES)})
+    released = folder.name in ("Training", "RGBPatches-test")
+    if own.notna().all() and (released or own.nunique() == len(PATH24_CLASSES)):
+        table["label"] = own
     classes = set(table["label"])
     if "CRC" in folder.name and classes != set(NCT_CLASSES):
         raise ValueError(
