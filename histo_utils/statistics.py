@@ -88,21 +88,13 @@ def eta_table(outcomes, by="system", n_boot=2000, seed=0) -> pd.DataFrame:
         right, n = hits.sum().to_numpy(), hits.size().to_numpy()
         drawn = np.random.default_rng(seed).integers(len(n), size=(n_boot, len(n)))
         p, w = right[drawn].sum(1) / n[drawn].sum(1), (right / n)[drawn].mean(1)
-        low, high = np.quantile([p, w, p * w], [0.025, 0.975], axis=1)
+        ends = np.quantile([p, w, p * w], [0.025, 0.975], axis=1).T.tolist()
         runs = part.assign(seed=part.get("seed", 0)).groupby("seed", dropna=False)
         each = [metrics.eta_scores(r["label"], r["predicted"], len(n)) for _, r in runs]
-        ends = zip(
-            low.tolist(), high.tolist(), np.transpose(each).tolist(), strict=True
-        )
+        cells = zip(published.ETAS, ends, np.transpose(each).tolist(), strict=True)
         rows[name] = {
-            eta: {
-                "score": float(np.mean(x)),
-                "low": a,
-                "high": b,
-                "n": len(n),
-                "seeds": x,
-            }
-            for eta, (a, b, x) in zip(published.ETAS, ends, strict=True)
+            eta: dict(score=float(np.mean(x)), low=a, high=b, n=len(n), seeds=x)
+            for eta, (a, b), x in cells
         }
     return _table(rows, by)
 
