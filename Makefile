@@ -2,6 +2,8 @@
 
 PROFILE ?= demo
 CORES ?= 2
+EXPERIMENT ?=
+OVERRIDE ?=
 PYTHON ?= python3
 BIN := .venv/bin
 HTML := _build/html
@@ -26,7 +28,7 @@ $(eval $(call absolute,HISTO_WEIGHTS))
 quiet = mkdir -p $(LOG) && { $(2) >$(LOG)/$(1).log 2>&1 || { cat $(LOG)/$(1).log; exit 1; }; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv chapters book lint check pytest test plan publish lab clean
+.PHONY: help venv chapters book paper lint check pytest test plan publish lab clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 18
@@ -44,19 +46,27 @@ venv: .venv/installed  ## install the packages into .venv
 
 # run_notebook.py prints a line per chapter; all else is shown only after a failure.
 # Outputs are renamed into place when complete, so no lock is needed, and a killed run
-# simply goes on.
-chapters: venv
-	@mkdir -p $(LOG)
-	@set -o pipefail; $(BIN)/snakemake --cores $(CORES) --quiet host rules progress --keep-going \
-	    --nolock --rerun-incomplete --config profile=$(PROFILE) </dev/null 2>&1 \
-	    | tee $(LOG)/chapters.log | sed -un '/^\[[0-9]*\/[0-9]*\] /p' \
+# simply goes on. $(call run,profile,target)
+run = mkdir -p $(LOG); set -o pipefail; \
+	$(BIN)/snakemake --cores $(CORES) --quiet host rules progress --keep-going \
+	    --nolock --rerun-incomplete $(2) --config profile=$(1) override=$(OVERRIDE) \
+	    </dev/null 2>&1 | tee $(LOG)/chapters.log | sed -un '/^\[[0-9]*\/[0-9]*\] /p' \
 	    || { cat $(LOG)/chapters.log; exit 1; }
+
+chapters: venv
+	@if [ "$(PROFILE)" = paper ]; then $(BIN)/python tools/paper.py list; fi
+	@$(call run,$(PROFILE),)
+
+paper: venv  ## run one experiment of a paper: EXPERIMENT=tl_vgg16 (without: the names)
+	@target=$$($(BIN)/python tools/paper.py target "$(EXPERIMENT)") || exit 1; \
+	$(call run,paper,"$$target")
 
 # Every page is built anew (seconds): warnings of unchanged pages are not forgotten and
 # removed chapters leave nothing behind.
 book: chapters  ## run all chapters, build the pages into _build/html, check their links
 	@rm -rf $(HTML)
-	@$(call quiet,pages,$(BIN)/jupyter-book build . --all -W -n --keep-going -q)
+	@$(BIN)/python tools/experiment_pages.py $(PROFILE)
+	@$(call quiet,pages,$(BIN)/jupyter-book build . --toc _build/toc.yml --all -W -n --keep-going -q)
 	@test -f $(HTML)/index.html
 	@$(call quiet,links,$(BIN)/python tools/check_links.py $(HTML))
 	@echo "The $(PROFILE) book is at $(HTML)/index.html"

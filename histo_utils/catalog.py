@@ -10,6 +10,7 @@ import os
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import requests
 import yaml
@@ -108,14 +109,29 @@ def cache_folder():
     return Path(os.environ.get("HISTO_CACHE") or project_folder() / "_build" / "cache")
 
 
+def converted_folder(name):
+    """Return where `tools/paper.py` unpacks archives to; HISTO_DATA is not touched."""
+    return cache_folder() / "data" / name
+
+
+def is_synthetic(folder):
+    """Whether phantoms lie there: known by the note their generator leaves."""
+    return (Path(folder) / "phantom.json").exists()
+
+
 def trained_folder(method, dataset, what="scan"):
     """Return where method (yang, ftx …) keeps its "scan", "organ" or "…_vectors"."""
     return cache_folder() / "trained" / f"{method}_{what}_{Path(dataset).name}"
 
 
 def data_hash(folder):
-    """Hash of what a data set holds: its ``slides.csv``, else names and sizes."""
+    """Hash of what a data set holds: its ``slides.csv``, else names and sizes.
+
+    It begins with "synthetic" for phantoms: pages say by it what their data are.
+    """
     folder = Path(folder)
+    if is_synthetic(folder):
+        return "synthetic sha256:" + file_hash(folder / "slides.csv")
     for index in ("slides.csv", "images.csv"):
         if (folder / index).exists():
             return "sha256:" + file_hash(folder / index)
@@ -154,6 +170,7 @@ def fetch(name, folder=None, progress=True):
     entry = dataset(name)
     if name == "phantom":
         folder = Path(folder or cache_folder() / "phantom-24-0")
+        _refuse_phantoms(folder, True)
         write_phantom_archive(folder)
         return folder
     folder = Path(folder or data_folder() / name)
@@ -179,10 +196,40 @@ def fetch(name, folder=None, progress=True):
 
 
 def locate(name, folder=None):
-    """Return a named data set's folder (see `fetch`), or the path of your own."""
-    if str(name) in datasets() or not Path(name).is_dir():
-        return fetch(str(name), folder)
-    return Path(name)
+    """Return where a named data set lies (got by `fetch` if need be), or a path.
+
+    A relative path is looked up under ``HISTO_DATA``, then among what was converted
+    (`converted_folder`), then in the current folder; ValueError or FileNotFoundError
+    for what is in none of them.
+    """
+    name = str(name)
+    if entry := datasets().get(name):
+        there = _parts(entry)[1] if entry.parts else _unpacked(entry)
+        return there[0] if there and not folder else fetch(name, folder)
+    for root in (data_folder(), converted_folder(""), Path()):
+        if name and (place := root / name).exists():
+            _refuse_phantoms(place, is_synthetic(place))
+            return place
+    if len(Path(name).parts) < 2:
+        dataset(name)
+    raise FileNotFoundError(
+        f"{name}: no such folder or file, here or in {data_folder()}; set HISTO_DATA"
+    )
+
+
+def _unpacked(entry):
+    """Folders in which all archives of a data set were unpacked."""
+    places = data_folder() / entry.name, converted_folder(entry.name)
+    zipped = entry.files and all(file.name.endswith(".zip") for file in entry.files)
+    return [p for p in places if zipped and any(q.is_dir() for q in p.glob("*"))]
+
+
+def _refuse_phantoms(folder, synthetic):
+    if synthetic and os.environ.get("HISTO_PROFILE") == "paper":
+        raise ValueError(
+            f"{folder} holds phantoms: the profile paper takes the paper's data only; "
+            "name them in `dataset`, or run the profile demo"
+        )
 
 
 def _compare(path, checksum):
@@ -255,8 +302,14 @@ def slide_table(folder, mpp=None):
         # A source-site code is called NA; empty cells alone are missing.
         table = pd.read_csv(folder / "slides.csv", keep_default_na=False, na_values="")
     else:
-        files = (p for p in folder.iterdir() if p.suffix.lower() in SLIDE_SUFFIXES)
-        table = pd.DataFrame({"file": sorted(p.name for p in files)})
+        for depth in ("*", "*/*"):  # the GDC's tool: each slide in a folder of its own
+            files = [
+                p for p in folder.glob(depth) if p.suffix.lower() in SLIDE_SUFFIXES
+            ]
+            if files:
+                break
+        files = sorted(p.relative_to(folder).as_posix() for p in files)
+        table = pd.DataFrame({"file": files})
         if table.empty:
             raise FileNotFoundError(
                 f"{folder}: no slides in it; expected files ending in "
@@ -314,7 +367,7 @@ def patch_table(name, size=None, mpp=None, folder=None):
     """
     entry = datasets().get(str(name))
     if entry and entry.parts:
-        return _image_folders(entry, Path(folder or data_folder() / entry.name))
+        return _image_folders(entry, folder)
     place = locate(name, folder)
     if name == "lc25000_lung":
         images = pd.read_csv(place / "images.csv")
@@ -338,15 +391,33 @@ def patch_table(name, size=None, mpp=None, folder=None):
     return check_patches(table)
 
 
-def _image_folders(entry, place):
+def _parts(entry, folder=None):
+    """Images of the published parts that are there, and the folders they lie in."""
+    # A part may lie in its own data set's folder, or where it was converted to.
+    names = dict.fromkeys([entry.name, *entry.parts.values()])
+    roots = [root / n for n in names for root in (data_folder(), converted_folder(""))]
+    tables, used = {}, []
+    for root in [Path(folder)] if folder else roots:
+        complete = len(tables) == len(entry.parts)
+        table = None if complete else read_class_folders(root)
+        for part in entry.parts if table is not None else ():
+            own = "split" in table and table["split"].eq(part)
+            rows = table if part in table else table[own] if np.any(own) else ()
+            if part not in tables and len(rows):
+                tables[part], used = rows, [*used, root]
+    return tables, used
+
+
+def _image_folders(entry, folder):
     """List a data set's images; parts that are not there are fetched first."""
     # Files are compared with their checksums when got, not each time: 29 GB take long.
+    place = folder or data_folder() / entry.name
     for fetched in (False, True):
-        table = read_class_folders(place)
-        there = set() if table is None else {*table, *table.get("split", [])}
-        missing = [source for part, source in entry.parts.items() if part not in there]
+        tables, _ = _parts(entry, folder)
+        missing = [entry.parts[part] for part in entry.parts if part not in tables]
         if not missing:
-            return _checked(table)
+            parts = [tables[part] for part in entry.parts]
+            return _checked(pd.concat(parts, ignore_index=True))
         for source in () if fetched else dict.fromkeys(missing):
             fetch(source, place)
     raise FileNotFoundError(

@@ -49,6 +49,12 @@ def record(result, path, *, profile, parameters, data, seconds, device=None):
     """
     if "provenance" in result:
         raise ValueError("'provenance' is written by record(); rename that entry")
+    fake = [name for name, of in data.items() if str(of).startswith("synthetic")]
+    if profile == "paper" and fake:
+        raise ValueError(
+            f"{fake[0]} holds phantoms: the profile paper takes the paper's data only; "
+            "name them in `dataset`, or run the profile demo"
+        )
     commit, dirty = git_state()
     versions = {}
     for name in PACKAGES:

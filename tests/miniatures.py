@@ -6,6 +6,9 @@ The pictures are noise with a texture and a colour for each class: never evidenc
 
 from __future__ import annotations
 
+import pickle
+import shutil
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -129,6 +132,26 @@ def nct_crc(folder, n_train=3, n_test=1, seed=0):
     return folder
 
 
+def gdc(folder, n_slides=4, seed=0):
+    """Phantoms with TCGA's names, each in a folder of its own, as the GDC's tool does.
+
+    With the table of source sites. Returns slide name to project.
+    """
+    folder = Path(folder)
+    made = folder.with_name(f".{folder.name}")
+    projects = {}
+    for i, file in enumerate(write_phantom_archive(made, n_slides, seed)["file"]):
+        code, project = TCGA_SITES[i % 2]
+        own = f"{i:08x}-0000-4000-8000-000000000000"
+        name = f"TCGA-{code}-{1000 + i}-01Z-00-DX1.{own}"
+        (folder / own / "logs").mkdir(parents=True)
+        (made / file).rename(folder / own / f"{name}.svs")
+        projects[name] = project
+    shutil.rmtree(made)
+    (folder / "tissue_source_sites.tsv").write_text(SITES)
+    return projects
+
+
 def tcga(folder, n_slides=4, size=128, seed=0):
     """Phantoms with TCGA's names, a table of labels, and the mosaics of chapter 02.
 
@@ -139,17 +162,8 @@ def tcga(folder, n_slides=4, size=128, seed=0):
     sites) and ``projects`` (slide name to project).
     """
     folder = Path(folder)
-    made, named = folder / "phantoms", folder / "slides"
-    table = write_phantom_archive(made, n_scans=n_slides, seed=seed)
-    named.mkdir(parents=True)
-    projects = {}
-    for i, file in enumerate(table["file"]):
-        code, project = TCGA_SITES[i % 2]
-        name = f"TCGA-{code}-{1000 + i}-01Z-00-DX1.{i:08x}-0000-4000-8000-000000000000"
-        (made / file).rename(named / f"{name}.svs")
-        projects[name] = project
-    sites = folder / "sites.tsv"
-    sites.write_text(SITES)
+    named, sites = folder / "slides", folder / "slides" / "tissue_source_sites.tsv"
+    projects = gdc(named, n_slides, seed)
     with ThreadPoolExecutor(1) as executor:
         extract_mosaics(
             slide_table(named), folder / "mosaics", executor, progress=False,
@@ -173,6 +187,83 @@ def pannuke(folder, n=4, seed=0):
         np.save(place / "images.npy", pixels.astype(np.float64))
         np.save(place / "types.npy", np.array(tissues)[kinds])
     return folder
+
+
+def write_tree(folder, n_slides=6):
+    """Write all papers' data in miniature, as published, under one ``HISTO_DATA``.
+
+    Folders have the names of datasets.yaml. Kimia_Path24.h5; Path24C's archives, which
+    overlap; KIMIAPath24_RGB; NCT-CRC-HE-100K unpacked and CRC-VAL-HE-7K zipped;
+    PanNuke's arrays, one fold zipped; TCGA slides as the GDC's tool leaves them;
+    KimiaNet's pickles of coordinates; Kather 2016 zipped; endometrium in class folders.
+
+    Returns ``counts`` (images per data set and part) and ``projects`` (of slides).
+    """
+    folder = Path(folder)
+    path24_h5(folder / "kimia_path24")
+    path24_rgb(folder, n_train=10)
+    work = folder / ".work"
+    place = path24c(work, n_train=10)
+    _zip(place / "test", folder / "kimia_path24c/Test patches.zip")
+    _zip(place / "train/s0", folder / "kimia_path24c/training-s0-part2.zip", "s0")
+    _zip(place / "train", folder / "kimia_path24c/Training patches--1.zip")
+    place = nct_crc(work, n_train=10, n_test=2)
+    (folder / place.name).mkdir()
+    (place / "NCT-CRC-HE-100K").rename(folder / place.name / "NCT-CRC-HE-100K")
+    name = "CRC-VAL-HE-7K"
+    _zip(place / name, folder / f"crc_val_he_7k/{name}.zip", name)
+    place = pannuke(folder)
+    _zip(place / "Fold 3", place / "fold_3.zip", "Fold 3")
+    shutil.rmtree(place / "Fold 3")
+    projects = gdc(folder / "tcga", n_slides)
+    _coordinates(folder / "kimianet", [*projects])
+    kinds = [
+        "TUMOR",
+        "STROMA",
+        "COMPLEX",
+        "LYMPHO",
+        "DEBRIS",
+        "MUCOSA",
+        "ADIPOSE",
+        "EMPTY",
+    ]
+    name = "Kather_texture_2016_image_tiles_5000"
+    for kind, label in enumerate(kinds):
+        for i in range(3):  # of three slides
+            file = f"{kind:02x}{i}_CRC-Prim-HE-0{i + 1}.tif_Row_1_Col_{i}.tif"
+            _tile(work / name / f"{kind + 1:02d}_{label}" / file, SIDE, SIDE, kind)
+    _zip(work / name, folder / f"kather_2016/{name}.zip", name)
+    for kind, label in enumerate(("NE", "EP", "EH", "EA")):
+        for i in range(5):
+            _tile(folder / "endometrium" / label / f"{label}_{i}.jpg", 80, 60, kind)
+    shutil.rmtree(work)
+    counts = {"kimia_path24c": {"train": 30, "test": 6}}
+    counts["nct_crc_he_100k"] = {"train": 90, "test": 18}
+    return {"counts": counts, "projects": projects}
+
+
+def _coordinates(folder, slides):
+    """KimiaNet's three pickles: slide file name to its patches' (x, y) at level 0."""
+    folder.mkdir(parents=True)
+    for i, part in enumerate(("Train", "Validation", "Test")):
+        places = {f"{name}.svs": [(0, 0), (192, 192)] for name in slides[2 * i :: 6]}
+        places |= {f"{name}.svs": [(0, 192)] for name in slides[2 * i + 1 :: 6]}
+        name = f"KimiaNet_{part}_SlideFileNames_to_PatchCoords.pickle"
+        (folder / name).write_bytes(pickle.dumps(places))
+
+
+def _tile(path, width, height, kind):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng([kind, len(path.name), width])
+    Image.fromarray(colour_texture(width, kind, rng)[:height]).save(path)
+
+
+def _zip(folder, archive, inside=""):
+    """Zip a folder's files, below ``inside`` in the archive."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(archive, "w") as zipped:
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            zipped.write(path, Path(inside) / path.relative_to(folder))
 
 
 def _colour_parts(folder, counts, n_classes, seed):

@@ -42,7 +42,7 @@ def executed(title="Stub", code="print(1)", **papermill):
     """What papermill and the runner leave: outputs, an injected cell, metadata."""
     outputs = [{"output_type": "stream", "name": "stdout", "text": "an output\n"}]
     histo = {"profile": "demo", "commit": "abcdef123456", "dirty": False}
-    histo["date"] = "2026-01-02T03:04:05+00:00"
+    histo |= {"date": "2026-01-02T03:04:05+00:00", "data": {"phantom": "synthetic 0"}}
     about = {"papermill": papermill, "histo": histo}
     made = notebook(title, code, outputs, language_info=PYTHON, **about)
     injected = {**made["cells"][1], "source": "# Parameters\nmpp = 0.25", "id": "inj"}
@@ -112,9 +112,47 @@ def test_a_page_shows_outputs_status_results_and_the_atlas(book):
 
 
 def test_a_page_says_what_its_data_is():
-    made = {"histo": {"profile": "tissue"}}
-    assert "real tissue" in executed_notebooks.status(made, "demo")
-    assert "**synthetic**" in executed_notebooks.status({}, "demo")
+    """By the data of the run, whatever the profile is called."""
+
+    def box(profile, **data):
+        made = {"histo": {"profile": profile, "data": data}}
+        return executed_notebooks.status(made, "demo", ROOT)
+
+    assert "Tissue edition: MoNuSeg 2018" in box("tissue", monuseg="sha256:0")
+    for profile in ("demo", "tissue", "paper"):
+        found = box(profile, phantom="synthetic sha256:0")
+        assert "edition: synthetic phantoms" in found and "**synthetic**" in found
+    both = box("tissue", slides="sha256:0", anything="synthetic sha256:0")
+    assert "Two open slides and synthetic phantoms" in both and "caution" in both
+    assert "data not recorded" in executed_notebooks.status({}, "paper", ROOT)
+
+
+def test_a_chapter_without_a_run_says_so_and_keeps_what_others_refer_to(tmp_path):
+    source = notebook()
+    source["cells"][2]["metadata"]["mystnb"] = {"figure": {"name": "fig-a"}}
+    (tmp_path / "profiles/paper").mkdir(parents=True)
+    assert executed_notebooks.runs_of("01_stub", "demo", tmp_path) == ["01_stub"]
+    assert executed_notebooks.runs_of("01_stub", "paper", tmp_path) == []
+    page = executed_notebooks.without_run(source, [], "paper", tmp_path)
+    text = "\n".join(cell["source"] for cell in page["cells"])
+    assert "This chapter has no run in the profile paper" in text
+    assert ":name: fig-a" in text and not any(c.get("outputs") for c in page["cells"])
+
+
+def test_a_chapter_lists_its_experiments(tmp_path):
+    """What was run with its data and a link, the others with their command."""
+    for run in ("01_stub.a", "01_stub.b"):
+        write(tmp_path / f"profiles/paper/{run}.yaml", "profile: paper\n")
+    write(tmp_path / "_build/executed/paper/01_stub.a.ipynb", executed())
+    by = {"profile": "paper", "commit": "abc", "date": "2026-01-02T03:04", "seconds": 5}
+    by |= {"device": "1 GPU", "data": {"tree/own": "sha256:0"}}
+    rows = [{"name": "FE", "ours": 0.51234, "published": None}]
+    write(tmp_path / "results/paper/01_stub.a.json", {"table": rows, "provenance": by})
+    runs = executed_notebooks.runs_of("01_stub", "paper", tmp_path)
+    text = executed_notebooks.experiments(notebook(), runs, "paper", tmp_path)
+    assert "| {doc}`a </experiments/01_stub-a>` | `tree/own` | Profile `paper`" in text
+    assert "| `b` | | not run: `make paper EXPERIMENT=01_stub.b` |" in text
+    assert "| FE | 0.5123 |  |" in text
 
 
 def test_missing_failed_and_stale_copies_say_why(tmp_path):

@@ -122,7 +122,9 @@ def test_nothing_the_page_would_fetch(path):
 def test_profile_keys_are_parameters_of_the_notebook(path):
     notebook = ROOT / "notebooks" / f"{path.stem.split('.')[0]}.ipynb"
     assert notebook.exists(), f"{path} belongs to no notebook"
-    keys = set(yaml.safe_load(path.read_text("utf8")) or {})
+    keys = yaml.safe_load(path.read_text("utf8")) or {}
+    assert keys["results"] == f"results/{path.parent.name}/{path.stem}.json"
+    keys = set(keys)
     assert keys <= parameter_names(notebook), f"known: {parameter_names(notebook)}"
 
 

@@ -19,7 +19,7 @@ def test_the_paper_profile_on_a_miniature(tmp_path, monkeypatch):
     truth = path24_h5(tmp_path)
     convert_path24(truth["file"], tmp_path / "kimia_path24", progress=False)
     root = project_folder()
-    text = (root / "profiles" / "paper" / f"{CHAPTER}.yaml").read_text("utf8")
+    text = (root / "profiles" / "paper" / f"{CHAPTER}.tl_vgg16.yaml").read_text("utf8")
     small = {
         "dataset": str(tmp_path / "kimia_path24"), "patch_size": 64, "per_class": 4,
         "input_size": 32, "weights": "random", "c_values": [0.001, 0.1],

@@ -13,7 +13,8 @@ import yaml
 ROOT = Path(__file__).parents[1]
 CHAPTER = "05_gpu_fine_tuning"
 NOTEBOOK = ROOT / "notebooks" / f"{CHAPTER}.ipynb"
-PROFILE = yaml.safe_load((ROOT / "profiles/paper" / f"{CHAPTER}.yaml").read_text())
+PROFILE = ROOT / "profiles/paper" / f"{CHAPTER}.IV.yaml"
+PROFILE = yaml.safe_load(PROFILE.read_text())
 
 
 @pytest.fixture(scope="module")

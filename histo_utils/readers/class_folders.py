@@ -121,8 +121,10 @@ def save_png(pixels, path):
             Image.fromarray(pixels).save(part, format="PNG")
 
 
-def convert_pannuke(folder, progress=True):
+def convert_pannuke(folder, out=None, progress=True):
     """Write PanNuke's arrays to ``fold<k>/<tissue>/fold<k>_<number>.png``, resumable.
+
+    Into the folder ``out``, or ``folder`` itself.
 
     ``folder`` holds ``Fold <k>/images/fold<k>/images.npy`` ((n, 256, 256, 3), 0–255,
     any number type) and ``types.npy`` (n,) of some folds (Gamper et al. 2019, 2020);
@@ -148,7 +150,8 @@ def convert_pannuke(folder, progress=True):
         steps = tqdm(types, desc=f"fold {k}", disable=not progress, ascii=True)
         for i, tissue in enumerate(steps):
             name = str(tissue).replace("_", "-")
-            path = folder / f"fold{k}" / name / f"fold{k}_{i:04d}.png"
+            name = f"fold{k}/{name}/fold{k}_{i:04d}.png"
+            path = Path(out or folder) / name
             if path.exists():
                 continue
             image = np.asarray(pixels[i])
