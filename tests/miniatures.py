@@ -217,16 +217,8 @@ def write_tree(folder, n_slides=6):
     shutil.rmtree(place / "Fold 3")
     projects = gdc(folder / "tcga", n_slides)
     _coordinates(folder / "kimianet", [*projects])
-    kinds = [
-        "TUMOR",
-        "STROMA",
-        "COMPLEX",
-        "LYMPHO",
-        "DEBRIS",
-        "MUCOSA",
-        "ADIPOSE",
-        "EMPTY",
-    ]
+    kinds = ("TUMOR", "STROMA", "COMPLEX", "LYMPHO")
+    kinds += ("DEBRIS", "MUCOSA", "ADIPOSE", "EMPTY")
     name = "Kather_texture_2016_image_tiles_5000"
     for kind, label in enumerate(kinds):
         for i in range(3):  # of three slides

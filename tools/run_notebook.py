@@ -14,8 +14,8 @@ profile, commit, date and the data that the results name into the copy's metadat
 (``histo``).
 
 ``--override FILE`` is for miniatures of a paper's data: YAML, ``{"all", a chapter or
-an experiment: {parameter: value}}``. It may change sizes, epochs, seeds and counts, and nothing else
-(`allowed`); results then go to ``_build/results``, not to the committed ones.
+an experiment: {parameter: value}}``. It may change sizes, epochs, seeds and counts, and
+nothing else (`allowed`); results then go to ``_build/results``.
 """
 
 import argparse
