@@ -281,8 +281,8 @@ def markdown(rows):
 def without_run(notebook, runs, profile, root=Path()):
     """Show a chapter that has no run of its own in a profile: prose and code."""
     title, text = f"This chapter has no run in the profile {profile}", (
-        "Its code is shown without outputs. Numbers in its prose are those of the "
-        "committed results on real tissue."
+        "The chapter's code is shown without outputs; numbers in its prose are those "
+        "of the committed results on real tissue."
     )  # fmt: skip
     if runs:
         title = "The paper's own experiments"

@@ -393,8 +393,12 @@ def patch_table(name, size=None, mpp=None, folder=None):
 
 def _parts(entry, folder=None):
     """Images of the published parts that are there, and the folders they lie in."""
-    # A part may lie in its own data set's folder, or where it was converted to.
+    # A part may lie in its own data set's folder, where it was converted to, or, a test
+    # set alone, with one of the training sets that it was published with.
     names = dict.fromkeys([entry.name, *entry.parts.values()])
+    if {*entry.parts} == {"test"}:
+        same = (one for one in datasets().values() if one.homepage == entry.homepage)
+        names |= dict.fromkeys(one.name for one in same)
     roots = [root / n for n in names for root in (data_folder(), converted_folder(""))]
     tables, used = {}, []
     for root in [Path(folder)] if folder else roots:

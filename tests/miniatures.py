@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import tarfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -194,8 +195,9 @@ def write_tree(folder, n_slides=6):
 
     Folders have the names of datasets.yaml. Kimia_Path24.h5; Path24C's archives, which
     overlap; KIMIAPath24_RGB; NCT-CRC-HE-100K unpacked and CRC-VAL-HE-7K zipped;
-    PanNuke's arrays, one fold zipped; TCGA slides as the GDC's tool leaves them;
-    KimiaNet's pickles of coordinates; Kather 2016 zipped; endometrium in class folders.
+    PanNuke's arrays, one fold zipped; ImageNet's archive of archives; TCGA slides as
+    the GDC's tool leaves them; KimiaNet's pickles of coordinates; Kather 2016 zipped;
+    endometrium in class folders.
 
     Returns ``counts`` (images per data set and part) and ``projects`` (of slides).
     """
@@ -215,6 +217,16 @@ def write_tree(folder, n_slides=6):
     place = pannuke(folder)
     _zip(place / "Fold 3", place / "fold_3.zip", "Fold 3")
     shutil.rmtree(place / "Fold 3")
+    for kind, label in enumerate(("n01440764", "n01443537")):
+        for i in range(12):
+            path = work / "imagenet" / f"{label}/{label}_{i}.JPEG"
+            _tile(path, SIDE, SIDE, kind)
+        with tarfile.open(work / f"{label}.tar", "w") as tar:
+            tar.add(path.parent, ".")
+    (folder / "imagenet").mkdir()
+    with tarfile.open(folder / "imagenet/ILSVRC2012_img_train.tar", "w") as tar:
+        for path in sorted(work.glob("n*.tar")):
+            tar.add(path, path.name)
     projects = gdc(folder / "tcga", n_slides)
     _coordinates(folder / "kimianet", [*projects])
     kinds = ("TUMOR", "STROMA", "COMPLEX", "LYMPHO")
@@ -230,7 +242,6 @@ def write_tree(folder, n_slides=6):
             _tile(folder / "endometrium" / label / f"{label}_{i}.jpg", 80, 60, kind)
     shutil.rmtree(work)
     counts = {"kimia_path24c": {"train": 30, "test": 6}}
-    counts["nct_crc_he_100k"] = {"train": 90, "test": 18}
     return {"counts": counts, "projects": projects}
 
 

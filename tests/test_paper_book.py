@@ -191,7 +191,8 @@ def test_publishers_files_are_converted_beside_them(tree, tmp_path, monkeypatch)
     monkeypatch.setenv("HISTO_DATA", str(folder))
     monkeypatch.setenv("HISTO_CACHE", str(tmp_path))
     before = sorted(folder.rglob("*"))
-    for name in (*truth["counts"], "pannuke", "kimia_path24", "kather_2016"):
+    others = "pannuke", "kimia_path24", "kather_2016", "crc_val_he_7k", "imagenet"
+    for name in (*truth["counts"], *others):
         assert paper.sources(name), name
         paper.convert(name)
         assert paper.marker(name).exists()
@@ -200,6 +201,7 @@ def test_publishers_files_are_converted_beside_them(tree, tmp_path, monkeypatch)
         assert table["split"].value_counts().to_dict() == counts, name
     assert set(catalog.patch_table("pannuke")["fold"]) == {1, 2, 3}
     assert set(catalog.patch_table("kimia_path24")["split"]) == {"train", "test"}
+    assert len([*paper.converted_folder("imagenet").glob("train/n*/*.JPEG")]) == 24
     place = catalog.locate("kather_2016/Kather_texture_2016_image_tiles_5000")
     assert catalog.patch_table(place)["label"].nunique() == 8
     monkeypatch.setattr(paper, "MOSAICS", paper.MOSAICS | {"size": 128})

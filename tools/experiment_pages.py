@@ -62,7 +62,8 @@ def page(run, profile):
         )
     except pages.UnusableCopy:  # the chapter's page says why
         return None
-    made = relabelled(pages.with_outputs(notebook, copy), name.lower())
+    suffix = name.lower().replace("_", "-")
+    made = relabelled(pages.with_outputs(notebook, copy), suffix)
     for cell in made["cells"]:
         text = pages.source_text(cell)
         if cell["cell_type"] == "markdown":

@@ -19,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import textwrap
 import zipfile
@@ -39,22 +40,21 @@ LAYOUTS = {
         ("train",): ["[Tt]raining*.zip", "[Tt]raining*.rar", "[Tt]raining*/"],
         ("test",): ["[Tt]est*.zip", "[Tt]est*.rar", "[Tt]est ?*/"],
     },
-    "nct_crc_he_100k": {(NCT,): [f"{NCT}.zip"], (VALIDATION,): [f"{VALIDATION}.zip"]},
-    "nct_crc_he_100k_nonorm": {
-        (f"{NCT}-NONORM",): [f"{NCT}-NONORM.zip"],
-        (VALIDATION,): [f"{VALIDATION}.zip"],
-    },
+    "nct_crc_he_100k": {(NCT,): [f"{NCT}.zip"]},
+    "nct_crc_he_100k_nonorm": {(f"{NCT}-NONORM",): [f"{NCT}-NONORM.zip"]},
     "crc_val_he_7k": {(VALIDATION,): [f"{VALIDATION}.zip"]},
     "pannuke": {
         (f"fold{k}",): [f"Fold {k}/images/fold{k}/images.npy", f"fold_{k}.zip"]
         for k in (1, 2, 3)
     },
+    "imagenet": {("train",): ["ILSVRC2012_img_train.tar"]},
     "kather_2016": {("Kather_texture_2016_image_tiles_5000",): ["*_5000.zip"]},
-    "tcga_mosaics": {("*.parquet",): ["../tcga/*.svs", "../tcga/*/*.svs"]},
+    "tcga_mosaics": {("*.parquet",): ["*.svs", "*/*.svs", "*.tif*", "*/*.tif*"]},
 }
-PARTS = {
-    "nct_crc_he_100k": ["crc_val_he_7k"],
-    "nct_crc_he_100k_nonorm": ["crc_val_he_7k"],
+# Where the files may lie, too.
+BESIDE = {
+    "tcga_mosaics": ["tcga"],
+    "crc_val_he_7k": ["nct_crc_he_100k", "nct_crc_he_100k_nonorm"],
 }
 # KimiaNet's patches; its share of a colour cluster is not known (Yottixel tried 5, 10,
 # 15 % and called 15 the best). `mosaics` of an override file changes them.
@@ -90,18 +90,21 @@ def parameters(experiment):
 
 def data_of(experiment):
     """List what an experiment reads: data sets, or paths below ``HISTO_DATA``."""
-    known = {*yaml.safe_load(FACTS.read_text("utf8")), *LAYOUTS}
-    found = []
+    facts, found = yaml.safe_load(FACTS.read_text("utf8")), []
+    known = {*facts, *LAYOUTS}
     for key, value in parameters(experiment).items():
         first = str(value).split("/")[0]
-        if value and (key.endswith("dataset") or key in DATA or first in known):
+        inside = first in known and first != value  # a path in a data set's folder
+        if value and (key.endswith("dataset") or key in DATA or inside):
             found.append(first if first in LAYOUTS else str(value))
+            # A published test set may be a data set of its own.
+            found += facts.get(first, {}).get("parts", {}).values()
     return list(dict.fromkeys(found))
 
 
 def sources(name):
     """Folders still to be made for a data set, and what each is made from."""
-    homes = [data_folder() / one for one in (name, *PARTS.get(name, []))]
+    homes = [data_folder() / one for one in (name, *BESIDE.get(name, []))]
     wanted = {}
 
     def lies_in(root, folders):
@@ -157,8 +160,6 @@ def advice(name):
     lines = [f"ask:  {how} ({entry['homepage']}; {entry['licence']})"]
     lines += [f"put:  {place}{'/' + ', '.join(files) if files else '/'}"]
     lines += [f"      {ASK[name]}"] if name in ASK else []
-    for one in PARTS.get(name, []):
-        lines += [f"      {data_folder() / one}/{VALIDATION}.zip"]
     return f"{entry['title']}\n" + textwrap.indent("\n".join(lines), "    ") + "\n"
 
 
@@ -317,6 +318,20 @@ def convert_pannuke(wanted, out):
         shutil.rmtree(work, ignore_errors=True)
 
 
+def convert_imagenet(wanted, out):
+    """Unpack the training archive, which holds one archive per class."""
+    for path in wanted["train",]:
+        with tarfile.open(path) as whole:
+            for item in whole:
+                work = out / "train" / Path(item.name).stem
+                if work.is_dir() or not item.isfile():
+                    continue
+                part = work.with_name(f".{work.name}")
+                with tarfile.open(fileobj=whole.extractfile(item)) as one:
+                    one.extractall(part, filter="data")
+                part.rename(work)
+
+
 def convert_archives(wanted, out):
     for found in wanted.values():
         for path in found:
@@ -342,9 +357,12 @@ def convert_tcga(wanted, out, override=None):
 
 
 CONVERSIONS = {
-    "kimia_path24": convert_path24, "kimia_path24c": convert_path24c,
-    "pannuke": convert_pannuke, "tcga_mosaics": convert_tcga,
-}  # fmt: skip
+    "kimia_path24": convert_path24,
+    "kimia_path24c": convert_path24c,
+    "imagenet": convert_imagenet,
+    "pannuke": convert_pannuke,
+    "tcga_mosaics": convert_tcga,
+}
 
 
 def convert(name, override=None):
