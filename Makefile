@@ -50,7 +50,7 @@ venv: .venv/installed  ## install the packages into .venv
 run = mkdir -p $(LOG); set -o pipefail; \
 	$(BIN)/snakemake --cores $(CORES) --quiet host rules progress --keep-going \
 	    --nolock --rerun-incomplete $(2) --config profile=$(1) override=$(OVERRIDE) \
-	    </dev/null 2>&1 | tee $(LOG)/chapters.log | sed -un '/^\[[0-9]*\/[0-9]*\] /p' \
+	    </dev/null 2>&1 | tee $(LOG)/chapters.log | sed -un '/^\[[0-9]*\/[0-9]*\] /p; /^\[data\] /p' \
 	    || { cat $(LOG)/chapters.log; exit 1; }
 
 chapters: venv

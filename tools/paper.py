@@ -22,6 +22,7 @@ import sys
 import tarfile
 import tempfile
 import textwrap
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -367,7 +368,7 @@ CONVERSIONS = {
 
 def convert(name, override=None):
     """Make the folders that the chapters read, then the marker."""
-    wanted, out = sources(name), converted_folder(name)
+    wanted, out, start = sources(name), converted_folder(name), time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)
     more = (yaml.safe_load(Path(override).read_text("utf8")) if override else {}) or {}
     more = [more.get("mosaics")] if name == "tcga_mosaics" else []
@@ -380,6 +381,7 @@ def convert(name, override=None):
     part = marker(name).with_suffix(".part")
     part.write_text(json.dumps(made, indent=1), "utf8")
     part.replace(marker(name))
+    print(f"[data] {name} {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def as_published(name, path):
@@ -388,13 +390,11 @@ def as_published(name, path):
     from histo_utils.provenance import file_hash
 
     files = datasets()[name].files if name in datasets() else ()
-    for algorithm, digest in (
-        f.checksum.split(":") for f in files if f.name == path.name
-    ):
-        if same := file_hash(path, algorithm) == digest:
-            return same
-        print(f"{path}: not the published file ({algorithm} differs); taken as it is")
-        return False
+    for file in (one for one in files if one.name == path.name):
+        algorithm, digest = file.checksum.split(":")
+        if (found := file_hash(path, algorithm)) != digest:
+            print(f"[data] {path}: {algorithm} is {found}, published is {digest}")
+        return found == digest
     return None
 
 
