@@ -91,6 +91,9 @@ def test_every_experiment_has_a_name_and_real_data(monkeypatch):
     for name in NAMES:
         if "." in name:
             assert "phantom" not in paper.data_of(name) and paper.data_of(name), name
+    four = [f"05_gpu_fine_tuning.{name}" for name in ("I", "II", "III", "IV")]
+    assert paper.before("10_slide_search.IV") == four[3:], "05 trains what 10 searches"
+    assert paper.before("10_slide_search.all") == four and not paper.before(NAMES[0])
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,8 @@ def refuse_unknown(kind, names, known):
 
 def names(profile):
     """List what runs in a profile: chapters, or ``<chapter>.<experiment>``."""
+    known = {"demo", *(p.name for p in PROFILES.glob("*") if p.is_dir())}
+    refuse_unknown("profile", [profile], known)
     if profile == "demo":  # the notebooks' own defaults
         return sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
     return sorted(path.stem for path in (PROFILES / profile).glob("*.yaml"))
@@ -213,8 +215,6 @@ def write_origin(path, facts):
 
 def run(name, profile, out=None, override=None):
     """Run one chapter or experiment; return the exit status."""
-    known_profiles = {"demo", *(p.name for p in PROFILES.glob("*") if p.is_dir())}
-    refuse_unknown("profile", [profile], known_profiles)
     name = resolve(name, profile)
     import papermill
 
