@@ -400,16 +400,17 @@ def _parts(entry, folder=None):
         same = (one for one in datasets().values() if one.homepage == entry.homepage)
         names |= dict.fromkeys(one.name for one in same)
     roots = [root / n for n in names for root in (data_folder(), converted_folder(""))]
-    tables, used = {}, []
+    tables, used = {}, {}
     for root in [Path(folder)] if folder else roots:
-        complete = len(tables) == len(entry.parts)
+        complete = len(tables) == len(entry.parts) and "fold" not in tables
         table = None if complete else read_class_folders(root)
         for part in entry.parts if table is not None else ():
             own = "split" in table and table["split"].eq(part)
             rows = table if part in table else table[own] if np.any(own) else ()
-            if part not in tables and len(rows):
-                tables[part], used = rows, [*used, root]
-    return tables, used
+            known = len(tables.get(part, ()))  # of folds, the folder with most of them
+            if len(rows) > known and (part in table or not known):
+                tables[part], used[part] = rows, root
+    return tables, [*used.values()]
 
 
 def _image_folders(entry, folder):

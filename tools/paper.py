@@ -112,7 +112,9 @@ def sources(name):
         return all(any(root.glob(folder)) for folder in folders)
 
     for folders, patterns in LAYOUTS.get(name, {}).items():
-        if not any(lies_in(home, folders) for home in homes):
+        # The chapters take all folds from one folder.
+        together = sum(LAYOUTS[name], ()) if name == "pannuke" else folders
+        if not any(lies_in(home, together) for home in homes):
             found = [p for home in homes for one in patterns for p in home.glob(one)]
             # Archives may have been removed after they were unpacked.
             if found or not lies_in(converted_folder(name), folders):
