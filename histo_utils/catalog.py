@@ -278,8 +278,9 @@ def slide_table(folder, mpp=None):
     Parameters
     ----------
     folder : str or pathlib.Path
-        Holds slides, and optionally ``slides.csv`` with a column ``file`` (relative to
-        the folder) and any of ``slide patient label preparation site mpp``.
+        Holds slides, or folders of slides (the GDC's), and optionally ``slides.csv``
+        with a column ``file`` (relative to the folder) and any of ``slide patient label
+        preparation site mpp``.
     mpp : float, optional
         µm per level-0 pixel where neither the CSV nor the file says it.
 

@@ -270,7 +270,8 @@ def confusion(ax, outcomes) -> pd.DataFrame:
         cbar_kws={"label": "% of the label's queries", "shrink": 0.7},
     )  # fmt: skip
     ax.set(xlabel="predicted label (nearest neighbour)", ylabel="label of the query")
-    lines = [f"{name} ({sizes[name]}, {patients[name]})" for name in counts.index]
+    counted = (f"{n}, {of}" if of else n for n, of in zip(sizes, patients, strict=True))
+    lines = [f"{name} ({n})" for name, n in zip(counts.index, counted, strict=True)]
     ax.set_yticks(np.arange(len(lines)) + 0.5, lines, rotation=0)
     ax.tick_params(axis="x", rotation=40)
     return counts

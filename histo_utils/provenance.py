@@ -89,9 +89,9 @@ def credit(whole):
     )
 
 
-def committed(chapter):
-    """Read ``results/tissue/<chapter>.json``; None where the project has none."""
-    path = project_folder() / "results" / "tissue" / f"{chapter}.json"
+def committed(chapter, profile="tissue"):
+    """Read ``results/<profile>/<chapter>.json``; None where the project has none."""
+    path = project_folder() / "results" / profile / f"{chapter}.json"
     return json.loads(path.read_text("utf-8")) if path.exists() else None
 
 

@@ -13,11 +13,9 @@ lower mean: pooled predictions that hold nothing but that mean run *against* the
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 from scipy import stats
 from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression, enet_path
@@ -162,47 +160,31 @@ def auroc(predictions, n_boot: int = 2000, seed: int = 0) -> dict:
 
 
 def planted_outcomes(
-    slides, folder, seed: int = 0, *, n_tied=5, n_noise=15, correlation=0.9
+    slides, signal, seed: int = 0, *, n_tied=10, n_noise=10, correlation=0.9
 ) -> pd.DataFrame:
-    """Outcomes of phantom slides with a known truth; synthetic, and no evidence.
+    """Outcomes that follow a signal (slides,), or nothing: a control, and no evidence.
 
-    ``slides`` has one row per phantom (`phantom.write_phantom_archive`), the masks'
-    paths are relative to ``folder``. Outcomes belong to the patient, as a sequenced
-    sample would: ``nuclei_share`` (of the tissue), ``gene_tied_…`` (expected
-    correlation with it, every second one negative), ``gene_noise_…`` (follow nothing),
-    ``mutation_tied`` (every other label of the alphabet, one patient in ten flipped)
-    and ``mutation_noise`` (half of the patients).
+    They belong to the patient, as a sequenced sample would, and so does the signal, its
+    slides' mean: ``gene_tied_…`` (expected correlation with it, every second one
+    negative), ``gene_noise_…``, and ``mutation_…`` (the gene is above its median).
     """
-    needed = {"slide", "patient", "label", "nuclei_mask", "tissue_mask"}
-    if not needed <= {*slides} or slides["patient"].nunique() < 4:
-        raise ValueError(
-            f"{len(slides)} slides with the columns {', '.join(slides)}; expected four "
-            f"patients or more, and {', '.join(sorted(needed))}: outcomes are planted "
-            "on phantoms (phantom.write_phantom_archive)"
-        )
-    codes = pd.factorize(slides["patient"])[0]
+    codes, signal = pd.factorize(slides["patient"])[0], np.asarray(signal, float)
     n, rng = codes.max() + 1, np.random.default_rng(seed)
-
-    def covered(mask):
-        return np.asarray(Image.open(Path(folder) / mask)).mean()
-
-    share = slides["nuclei_mask"].map(covered) / slides["tissue_mask"].map(covered)
-    nuclei = share.groupby(codes).mean().to_numpy()
-    known = (nuclei - nuclei.mean()) / nuclei.std()
-    noise = rng.standard_normal((n, n_tied + n_noise))
-    tied = known[:, None] * np.where(np.arange(n_tied) % 2, -1, 1) * correlation
-    tied = tied + np.sqrt(1 - correlation**2) * noise[:, :n_tied]
-    label = slides["label"].groupby(codes).first()
-    planted = label.isin(sorted(set(label))[::2]).to_numpy()
-    outcomes = {
-        "nuclei_share": nuclei,
-        **{f"gene_tied_{i:02d}": tied[:, i] for i in range(n_tied)},
-        **{f"gene_noise_{i:02d}": noise[:, n_tied + i] for i in range(n_noise)},
-        "mutation_tied": planted ^ (rng.permutation(n) < round(n / 10)),
-        "mutation_noise": rng.permutation(n) < n // 2,
-    }
-    rows = pd.DataFrame(outcomes).iloc[codes].reset_index(drop=True)
-    return slides[["slide", "patient"]].reset_index(drop=True).join(rows)
+    if n < 4 or not np.isfinite(signal).all() or np.ptp(signal) == 0:
+        raise ValueError(
+            f"{n} patients, a signal from {signal.min()} to {signal.max()}; expected "
+            "four patients or more, and finite numbers that differ"
+        )
+    means = np.bincount(codes, signal) / np.bincount(codes)
+    known = (means - means.mean())[:, None] / means.std()
+    genes = rng.standard_normal((n, n_tied + n_noise))
+    genes[:, :n_tied] *= np.sqrt(1 - correlation**2)
+    genes[:, :n_tied] += known * np.where(np.arange(n_tied) % 2, -1, 1) * correlation
+    names = [f"tied_{i:02d}" for i in range(n_tied)]
+    names += [f"noise_{i:02d}" for i in range(n_noise)]
+    kinds = {"gene_": genes, "mutation_": (genes > np.median(genes, axis=0)) * 1}
+    found = [pd.DataFrame(x, columns=names).add_prefix(k) for k, x in kinds.items()]
+    return pd.concat(found, axis=1).iloc[codes].reset_index(drop=True)
 
 
 def _nested(x, y, patients, folds, n_splits, seed, scores, choices, status=False):
