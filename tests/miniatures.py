@@ -6,6 +6,7 @@ The pictures are noise with a texture and a colour for each class: never evidenc
 
 from __future__ import annotations
 
+import gzip
 import pickle
 import shutil
 import tarfile
@@ -174,6 +175,53 @@ def tcga(folder, n_slides=4, size=128, seed=0):
         "slides": named, "mosaics": folder / "mosaics", "sites": sites,
         "projects": projects,
     }  # fmt: skip
+
+
+def tcga_luad(folder, n_patients=12, seed=0):
+    """Slides, STAR counts and MAFs of TCGA-LUAD as the GDC's tool leaves them.
+
+    Patients of five source sites, one phantom slide each; CD274 follows the patient's
+    number, KRAS is mutated in every second one. A file of normal tissue (11A) must not
+    be read. Returns the folder ``tcga_luad``.
+    """
+    place, made = Path(folder) / "tcga_luad", Path(folder) / "luad_phantoms"
+    rng, sheet = np.random.default_rng(seed), []
+    table = write_phantom_archive(made, n_scans=n_patients, seed=seed)
+
+    def put(name, patient, sample, text=None):
+        number = f"{len(sheet):08x}-0000-4000-8000-000000000000"
+        sheet.append(f"{number}\t{name}\t{patient}\t{patient}-{sample}")
+        path = place / number / name
+        path.parent.mkdir(parents=True)
+        if text is not None:
+            with (
+                gzip.open(path, "wt") if name.endswith("gz") else path.open("w") as file
+            ):
+                file.write(text)
+        return path
+
+    for i, file in enumerate(table["file"]):
+        patient = f"TCGA-{('05', '38', '44', '50', '55')[i % 5]}-{4000 + i}"
+        slide = f"{patient}-01Z-00-DX1.{i:08X}-0000-4000-8000-000000000000.svs"
+        (made / file).rename(put(slide, patient, "01Z"))
+        for sample, cd274 in (("01A", 2.0**i - 1), ("11A", 999)):
+            lines = [
+                "# gene-model: GENCODE v36",
+                "gene_id\tgene_name\tgene_type\tunstranded\ttpm_unstranded",
+                "N_unmapped\t\t\t812\t",
+                f"ENSG00000120217.14\tCD274\tprotein_coding\t9\t{cd274}",
+                f"ENSG00000153563.16\tCD8A\tprotein_coding\t9\t{rng.gamma(2):.4f}",
+            ]
+            name = f"{i:04x}{sample}.rna_seq.augmented_star_gene_counts.tsv"
+            put(name, patient, sample, "\n".join(lines) + "\n")
+        rows = ["#version gdc-1.0.0", "Hugo_Symbol\tVariant_Classification\tx"]
+        rows += ["KRAS\tMissense_Mutation\t"] * (i % 2) + ["TP53\tSilent\t"]
+        name = f"{i:04x}.wxs.aliquot_ensemble_masked.maf.gz"
+        put(name, patient, f"01A, {patient}-10A", "\n".join(rows) + "\n")
+    head = "File ID\tFile Name\tCase ID\tSample ID"
+    text = "\n".join([head, *sheet]) + "\n"
+    (place / "gdc_sample_sheet.2026-01-01.tsv").write_text(text)
+    return place
 
 
 def pannuke(folder, n=4, seed=0):

@@ -122,8 +122,9 @@ def test_what_is_missing_is_fetched_and_nothing_else(tmp_path, monkeypatch):
     patch_table("nct_crc_he_100k", folder=place)
     assert fetched == []
     (place / "CRC-VAL-HE-7K").rename(tmp_path / "elsewhere")
-    with pytest.raises(FileNotFoundError, match=r"unpack NCT-CRC-HE-100K\.zip and"):
-        patch_table("nct_crc_he_100k", folder=place)
+    patch_table("nct_crc_he_100k", folder=place)
+    with pytest.raises(FileNotFoundError, match=r"unpack CRC-VAL-HE-7K\.zip there"):
+        patch_table("crc_val_he_7k", folder=place)
     assert fetched == ["crc_val_he_7k"]
     with pytest.raises(FileNotFoundError, match="into the folder train"):
         patch_table("kimia_path24c", folder=tmp_path / "none")

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import false_discovery_control
 from sklearn.linear_model import Ridge
 
 from histo_utils.embeddings import Embeddings
@@ -253,25 +254,35 @@ def test_slide_means_by_hand():
         slide_means(Embeddings(vectors, table))
 
 
-def test_planted_outcomes_know_their_truth(phantoms):
-    folder, slides = phantoms
-    again = pd.concat([slides] * 8, ignore_index=True)
-    again["patient"] = again["slide"] + (np.arange(64) // 8).astype(str)
-    again = pd.concat([again, again[:5]], ignore_index=True)  # second slides
-    found = planted_outcomes(again, folder, seed=1, n_tied=3, n_noise=6)
-    shown = [c for c in found if c.startswith(("gene", "mutation", "nuclei"))]
-    assert found.groupby("patient")[shown].nunique().max().max() == 1
-    first = found.drop_duplicates("patient")
-    assert first["nuclei_share"].between(0.01, 0.6).all()
-    tied = [first["nuclei_share"].corr(first[f"gene_tied_{i:02d}"]) for i in range(3)]
+def test_planted_outcomes_know_their_truth():
+    rng = np.random.default_rng(9)
+    slides = pd.DataFrame({"patient": [f"P{i:02d}" for i in [*range(64), 0, 1]]})
+    signal = rng.gamma(2, size=len(slides))
+    found = planted_outcomes(slides, signal, seed=1, n_tied=3, n_noise=6)
+    assert len(found) == 66 and found.iloc[64].equals(found.iloc[0])  # by patient
+    first, own = found[:64], pd.Series(signal)[:64]
+    own[[0, 1]] = [signal[[0, 64]].mean(), signal[[1, 65]].mean()]
+    tied = [own.corr(first[f"gene_tied_{i:02d}"]) for i in range(3)]
     np.testing.assert_allclose(tied, [0.9, -0.9, 0.9], atol=0.08)
-    noise = [first["nuclei_share"].corr(first[f"gene_noise_{i:02d}"]) for i in range(6)]
+    noise = [own.corr(first[f"gene_noise_{i:02d}"]) for i in range(6)]
     assert np.abs(noise).max() < 0.4  # 3 / sqrt(64)
-    label = again.drop_duplicates("patient")["label"]
-    half = label.isin(["fibrous", "lymphoid"]).to_numpy()
-    assert (first["mutation_tied"] != half).sum() == 6
-    assert first["mutation_noise"].sum() == 32
-    assert found.equals(planted_outcomes(again, folder, seed=1, n_tied=3, n_noise=6))
+    for name in first.filter(like="mutation"):
+        gene = first[name.replace("mutation", "gene")]
+        assert first[name].sum() == 32 and gene[first[name] == 1].min() > gene.median()
+    assert found.equals(planted_outcomes(slides, signal, seed=1, n_tied=3, n_noise=6))
+
+
+def test_a_planted_signal_that_vectors_show_is_found_and_noise_is_not():
+    """Of five tied and five noise genes; the strength is the chapter's, 0.9."""
+    rng = np.random.default_rng(10)
+    x, slides = made(rng), pd.DataFrame({"patient": PATIENTS})
+    genes = planted_outcomes(slides, x[:, 0], n_tied=5, n_noise=5).filter(like="gene")
+    p = {name: spearman(predict_value(x, genes[name], PATIENTS, **FEW), 2)["p"]
+         for name in genes}  # fmt: skip
+    found = pd.Series(false_discovery_control(list(p.values())) < 0.05, index=list(p))
+    assert (
+        found.filter(like="tied").sum() >= 4 and found.filter(like="noise").sum() <= 1
+    )
 
 
 def test_bad_input_says_what_to_do():
@@ -304,5 +315,5 @@ def test_bad_input_says_what_to_do():
         auroc(one)
     with pytest.raises(ValueError, match="3 or more"):
         spearman(one)
-    with pytest.raises(ValueError, match="label, nuclei_mask"):
-        planted_outcomes(pd.DataFrame({"slide": ["s"], "patient": ["p"]}), ".")
+    with pytest.raises(ValueError, match="four patients or more, and finite numbers"):
+        planted_outcomes(pd.DataFrame({"patient": list("abcd")}), [1.0] * 4)
