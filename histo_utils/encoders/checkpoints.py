@@ -1,13 +1,15 @@
 """Weights: found, read without executing anything, compared name by name.
 
 A PyTorch checkpoint is a pickle, and a pickle can run code. Everything here is read
-as plain tensors (``weights_only=True``, or safetensors); what holds more is refused.
+as plain tensors and numbers, NumPy's among them (``weights_only=True``, or
+safetensors); what holds more is refused.
 """
 
 import os
 import pickle
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -15,21 +17,27 @@ from safetensors.torch import load_file
 # What training scripts wrap a state dict in, beside epoch and optimiser.
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _SHOWN = 3  # names of a list that an error spells out
+# A NumPy number in a pickle (LGFFEM's best loss), also under the name before NumPy 2.
+_SCALAR = np.float64(0).__reduce__()[0]
+_NUMBERS = [np.dtype, _SCALAR, (_SCALAR, "numpy.core.multiarray.scalar")]
+_NUMBERS += [type(np.dtype(code)) for code in "?bBhHiIlLqQefd"]
 
 
-def read_state(path) -> dict[str, torch.Tensor]:
-    """Read a state dict, bare or wrapped, on the CPU; ValueError for anything else."""
+def read_checkpoint(path):
+    """Read what a file of weights holds: tensors and numbers, on the CPU."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_NUMBERS):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is damaged, or holds Python objects besides tensors, which could "
-            "run code: it was not executed. Get the file anew, or as safetensors"
+            f"{path} is damaged, or holds Python objects besides tensors and numbers, "
+            "which could run code: it was not executed. Get the file anew, or as "
+            "safetensors"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -37,6 +45,15 @@ def read_state(path) -> dict[str, torch.Tensor]:
             f"{path} cannot be read ({first}): it is damaged or no file of weights; "
             "copy or download it again"
         ) from error
+
+
+def read_state(path) -> dict[str, torch.Tensor]:
+    """Read a state dict, bare or wrapped, on the CPU; ValueError for anything else."""
+    return unwrapped(read_checkpoint(path), path)
+
+
+def unwrapped(found, path) -> dict[str, torch.Tensor]:
+    """Return the state dict in what `read_checkpoint` gave; ValueError if none."""
     for name in _WRAPPERS:
         if isinstance(found, dict) and isinstance(found.get(name), dict):
             found = found[name]

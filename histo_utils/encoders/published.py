@@ -3,17 +3,35 @@
 import re
 from pathlib import Path
 
-from histo_utils.encoders.checkpoints import fit_state, read_state, some
+from histo_utils.encoders.checkpoints import (
+    fit_state,
+    read_checkpoint,
+    some,
+    unwrapped,
+)
 from histo_utils.encoders.encoder import Card, Encoder
 from histo_utils.encoders.registry import build, frozen
 from histo_utils.loaders import Preprocessing
 from histo_utils.networks.published import published_name
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# Backbones of LGFFEM's configuration files: timm name, channels of the maps 0 to 3.
+LGFFEM_BACKBONES = {
+    "convnext_tiny": [96, 192, 384, 768],
+    "convnext_base": [128, 256, 512, 1024],
+    "convnextv2_tiny.fcmae": [96, 192, 384, 768],
+    "convnextv2_base.fcmae": [128, 256, 512, 1024],  # of the published numbers
+    "caformer_s18.sail_in22k_ft_in1k_384": [64, 128, 320, 512],
+    "caformer_b36.sail_in22k_ft_in1k_384": [128, 256, 512, 768],
+    "regnety_080_tv.tv2_in1k": [32, 224, 448, 896],
+    "regnety_320.tv2_in1k": [32, 232, 696, 1392],
+    "coatnet_1_rw_224.sw_in1k": [64, 96, 192, 384],
+    "coatnet_3_rw_224.sw_in12k": [192, 192, 384, 768],
+}
 
 
 def load_published(
-    path, kind=None, *, backbone="convnextv2_base.fcmae", backbone_weights=None,
+    path, kind=None, *, backbone=None, backbone_weights=None, backbone_seed=None,
     device="cpu",
 ) -> Encoder:  # fmt: skip
     """Read a checkpoint that a paper's authors released, whichever it is.
@@ -22,12 +40,15 @@ def load_published(
     ----------
     path : path
         KimiaNet's ``KimiaNetPyTorchWeights.pth`` (Riasatian et al. 2021), or neck and
-        head of LGFFEM (Nuñez-Fernández et al. 2025). Nothing in it is executed.
+        head of LGFFEM (Nuñez-Fernández et al. 2025), as its training scripts save them
+        or as one state dict. Nothing in it is executed.
     kind : {"kimianet", "lgffem"}, optional
         Expected; without it the names in the file tell.
-    backbone : str
-        LGFFEM only: the frozen timm network below the neck.
-    backbone_weights : path, optional
+    backbone : str, optional
+        LGFFEM only: the frozen timm network below the neck; default: of
+        `LGFFEM_BACKBONES`, the one that the checkpoint, its file name or the channels
+        of its maps name. ``"maps"``: none, the network takes the four maps.
+    backbone_weights, backbone_seed : path, int, optional
         LGFFEM only: see `frozen`; not used if the file holds the backbone.
     device : str
 
@@ -45,7 +66,14 @@ def load_published(
         A file that cannot be read safely, another kind than expected or no known one,
         or parameters that do not fit.
     """
-    path, state = Path(path), read_state(path)
+    path, given = Path(path), read_checkpoint(path)
+    parts = {part: _released(given, part) for part in ("neck", "head")}
+    if all(parts.values()):  # as LGFFEM's training scripts save it
+        whole = [(f"{p}.{k}", v) for p, state in parts.items() for k, v in state]
+        given, config = dict(whole), str(given.get("fn_cfg_model_backbone", ""))
+    else:
+        config = ""
+    state = unwrapped(given, path)
     if all(name.startswith("module.") for name in state):  # of DataParallel
         state = _below(state, "module.")
     if "model.0.conv0.weight" in state:
@@ -61,8 +89,11 @@ def load_published(
     if kind not in (None, found):
         say = f"is a checkpoint of {found}, not {kind}"
         raise ValueError(f"{path} {say}; give kind={found!r} or another file")
-    own = () if found == "kimianet" else (backbone, backbone_weights)
-    made = {"kimianet": _kimianet, "lgffem": _lgffem}[found](state, path, *own)
+    if found == "kimianet":
+        made = _kimianet(state, path)
+    else:
+        how = {"weights": backbone_weights, "seed": backbone_seed}
+        made = _lgffem(state, path, backbone, config, how)
     made.network.requires_grad_(False).eval().to(device)
     return made
 
@@ -86,7 +117,28 @@ def _kimianet(state, path):
     return Encoder("KimiaNet", network, how, network.dimension, card, recipe)
 
 
-def _lgffem(state, path, backbone, backbone_weights):
+def _released(found, part):
+    """Names and tensors of a part of LGFFEM's checkpoint, without `module.`."""
+    inside = found.get(f"model_{part}_state_dict") if isinstance(found, dict) else None
+    return [(k.removeprefix("module."), v) for k, v in (inside or {}).items()]
+
+
+def _named_backbone(config, path, channels):
+    """Name the backbone by configuration, file name, or the channels of its maps."""
+    like = [name for name, own in LGFFEM_BACKBONES.items() if own == channels]
+    for text in (config, path.name):
+        text = re.sub(r"\W|_", "", text.lower())
+        named = [n for n in like if re.sub(r"\W|_", "", n.split(".")[0]) in text]
+        like = named or like
+    if len(like) != 1:
+        raise ValueError(
+            f"{path} fuses maps of {channels} channels and names no backbone, which "
+            f"may be {' or '.join(like) or 'none of the published'}; give backbone=…"
+        )
+    return like[0]
+
+
+def _lgffem(state, path, backbone, config, how):
     neck, head, below = (_below(state, f"{p}.") for p in ("neck", "head", "backbone"))
     other = [k for k in state if k.split(".")[0] not in ("neck", "head", "backbone")]
     if other:
@@ -101,18 +153,23 @@ def _lgffem(state, path, backbone, backbone_weights):
             f"no {some(missing) or 'head.h1.fc.weight'} in a checkpoint of LGFFEM, so "
             "its sizes are not known; get the whole file"
         )
+    expected = [neck[name].shape[1] for name in down]
+    backbone = backbone or _named_backbone(config, path, expected)
     layers = {name.split(".")[0] for name in neck}
     recipe = {
         "network": "fusion", "name": backbone, "grn": "as_published",
         "channels": len(head["h1.fc.weight"]),
         "num_layers": sum(bool(re.fullmatch(r"neck_layer_\d+", x)) for x in layers),
     }  # fmt: skip
+    if backbone == "maps":
+        recipe |= {"name": None, "in_channels": expected}
     own = None
-    if not below:
-        own = frozen(backbone, backbone_weights).network.network.state_dict()
+    if not below and backbone != "maps":
+        own = frozen(backbone, **how).network.network.state_dict()
     network = build(recipe, source=own)
-    channels = network.backbone.feature_info.channels()
-    expected = [neck[name].shape[1] for name in down]
+    channels = expected
+    if backbone != "maps":
+        channels = network.backbone.feature_info.channels()
     if channels != expected:
         raise ValueError(
             f"{path} fuses maps of {expected} channels; {backbone} gives {channels}: "

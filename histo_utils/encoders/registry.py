@@ -152,16 +152,22 @@ def _projected(name, pooling="head", dim=128, **options):
 
 def _fusion(
     name, out_indices=(0, 1, 2, 3), channels=512, num_layers=3, grn="channel", p=4.6,
-    dropout=0.6, source=None, **options,
+    dropout=0.6, source=None, in_channels=None, **options,
 ):  # fmt: skip
-    """LGFFEM; ``source``: state dict of the whole timm network, for the backbone."""
+    """LGFFEM; ``source``: state dict of the whole timm network, for the backbone.
+
+    With ``in_channels`` in place of a name the network takes the four maps.
+    """
     if source is not None:
         overlay = {"state_dict": source}
         options = options | {"pretrained": True, "pretrained_cfg_overlay": overlay}
-    backbone = timm.create_model(
-        name, features_only=True, out_indices=tuple(out_indices), **options
-    )
-    found = backbone.feature_info.channels()
+    if name is None:
+        backbone, found = torch.nn.Identity(), in_channels
+    else:
+        backbone = timm.create_model(
+            name, features_only=True, out_indices=tuple(out_indices), **options
+        )
+        found = backbone.feature_info.channels()
     if len(found) != 4:
         given = f"{name} gives {len(found)} maps for out_indices={out_indices}"
         raise ValueError(f"{given}; the neck fuses 4")
