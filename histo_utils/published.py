@@ -23,6 +23,7 @@ YANG_BY_SHARE = {  # of each class's training patches
 KIEFFER_TABLE = _FACTS["kieffer_table"]
 KIEFFER_GAIN = _FACTS["kieffer_gain"]
 LGFFEM_ETA = tuple(_FACTS["lgffem_eta"])
+LGFFEM_TABLE = _FACTS["lgffem_table"]  # by the cut-off metric, percent
 KIMIANET_COLUMNS = tuple(_FACTS["kimianet_columns"])
 KIMIANET_F1 = _FACTS["kimianet_f1"]
 CLAIMS = _FACTS["claims"]  # work, claim, published, form of what is found, tag

@@ -109,7 +109,7 @@ def embed(
 
 def inputs(
     encoder, table, front=None, turns=(0,), transform=colour, augment=None, *,
-    batch_size=16, cache=None, progress=False,
+    batch_size=16, cache=None, progress=False, workers=0,
 ) -> PatchDataset | CachedMaps:  # fmt: skip
     """Make the data set that the trained part of an encoder takes.
 
@@ -123,6 +123,7 @@ def inputs(
     flat, name = _Flat(front, encoder.preprocessing.size), f"front of {encoder.name}"
     part = Encoder(name, flat, encoder.preprocessing, flat.dimension, encoder.card)
     how = {"batch_size": batch_size, "cache": cache, "progress": progress}
+    how["workers"] = workers
     made = [embed(part, table, Turned(turn, transform), **how) for turn in turns]
     return CachedMaps([flat.back(one.vectors) for one in made], table)
 

@@ -25,6 +25,7 @@ PARTS = (
     ("split", {"NCT-CRC-HE-100K-NONORM": "train", "CRC-VAL-HE-7K": "test"}),
     ("fold", {"fold1": 1, "fold2": 2, "fold3": 3}),  # as `convert_pannuke` writes
 )
+SYNSET = re.compile(r"n\d{8}")  # a class folder of ImageNet-1k
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 
 
@@ -37,8 +38,9 @@ def read_class_folders(folder):
     **and every patient is in both splits**; folders ``0`` to ``23`` are its classes too
     (under the two parts of KIMIAPath24_RGB, else if all 24 are there). Its training
     files with the same bytes are listed once, since the archives of Path24C may
-    overlap. None if there are no such folders; ValueError if an image is not square, or
-    an NCT-CRC set lacks a class.
+    overlap. None if there are no such folders; ValueError if an image is not square (of
+    ImageNet's, in folders ``n…``, the central square is taken), or an NCT-CRC set lacks
+    a class.
     """
     folder = Path(folder)
 
@@ -78,13 +80,16 @@ def _read(folder):
         for path in sorted(_images(place)):
             with Image.open(path) as image:  # its head alone is read
                 width, height = image.size
-            if width != height:
+            side = min(width, height)
+            if width != height and not SYNSET.fullmatch(place.name):
                 raise ValueError(
                     f"{path}: {(width, height)} px; expected square images in class "
                     "folders"
                 )
-            rows.append((str(path), width, place.name, path.stem))
-    table = pd.DataFrame(rows, columns=["image", "size", "label", "slide"])
+            corner = (width - side) // 2, (height - side) // 2
+            rows.append((str(path), *corner, side, place.name, path.stem))
+    columns = ["image", "x", "y", "size", "label", "slide"]
+    table = pd.DataFrame(rows, columns=columns)
     table["patient"] = None
     own = table["label"].map({str(i): name for i, name in enumerate(PATH24_CLASSES)})
     released = folder.name in ("Training", "RGBPatches-test")
@@ -102,7 +107,7 @@ def _read(folder):
         table["slide"] = table["patient"] = table["label"]
         if folder.name in ("train", "Training"):
             table = _without_duplicates(table)
-    return table.assign(x=0, y=0, mpp=mpp, slide_mpp=mpp)
+    return table.assign(mpp=mpp, slide_mpp=mpp)
 
 
 def _without_duplicates(part):
