@@ -9,7 +9,7 @@ import pandas as pd
 import yaml
 from scipy.spatial.distance import cdist
 
-from histo_utils import metrics
+from histo_utils import metrics, protocols
 
 _FACTS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 ETAS = ("η_p", "η_w", "η_total")  # of Kimia Path24
@@ -23,6 +23,8 @@ YANG_BY_SHARE = {  # of each class's training patches
 KIEFFER_TABLE = _FACTS["kieffer_table"]
 KIEFFER_GAIN = _FACTS["kieffer_gain"]
 LGFFEM_ETA = tuple(_FACTS["lgffem_eta"])
+LGFFEM_COLUMNS = [f"{way} {eta}" for way in ("cut-off", "true")
+                  for eta in ("η_p", "η_w", "η_total")]  # fmt: skip
 LGFFEM_TABLE = _FACTS["lgffem_table"]  # by the cut-off metric, percent
 KIMIANET_COLUMNS = tuple(_FACTS["kimianet_columns"])
 KIMIANET_F1 = _FACTS["kimianet_f1"]
@@ -77,6 +79,29 @@ def yang_predictions() -> tuple[np.ndarray, np.ndarray]:
         instead = wrong[wrong[:, 0] == scan, 1]
         predicted[np.flatnonzero(truth == scan)[: len(instead)]] = instead
     return truth, predicted
+
+
+def lgffem_scores(embeddings) -> dict[str, float]:
+    """Score a search of test patches among themselves, as published and truly.
+
+    Raw vectors, Euclidean; the class is the scan, in the order of the table (Path24's:
+    by folder number). η_p of the true scores is Recall@1, the query itself left out.
+    """
+    made = protocols.as_scans(embeddings)
+    made = made.take(pd.factorize(made.table["label"])[0].argsort(kind="stable"))
+    made = made.take(made.table["label"].duplicated(keep=False).to_numpy())
+    sizes = made.table["label"].value_counts()
+    hits = protocols.leave_one_out(made, int(sizes.max()) - 1, metric="euclidean")
+    cut = metrics.cumulative_cutoff_score(made.vectors, made.table["label"])
+    true = metrics.eta_scores(hits["label"], hits["predicted"], len(sizes))
+    row = dict(zip(LGFFEM_COLUMNS, cut + true, strict=True))
+    return row | {"MAP@R": metrics.map_at_r(hits)}
+
+
+def lgffem_table(rows: dict) -> pd.DataFrame:
+    """Table of `lgffem_scores` by name, below the published ones."""
+    known = pd.DataFrame(LGFFEM_TABLE, LGFFEM_COLUMNS[:3]).T / 100
+    return pd.concat([known.rename("published: {}".format), pd.DataFrame(rows).T])
 
 
 def expected_cutoff_score(sizes) -> tuple[float, float]:

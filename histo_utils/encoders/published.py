@@ -1,5 +1,6 @@
 """The checkpoints that two papers' authors released: KimiaNet and LGFFEM."""
 
+import os
 import re
 from pathlib import Path
 
@@ -31,7 +32,7 @@ LGFFEM_BACKBONES = {
 
 
 def load_published(
-    path, kind=None, *, backbone=None, backbone_weights=None, backbone_seed=None,
+    path, kind=None, *, backbone=None, backbone_weights=None, seed=None,
     device="cpu",
 ) -> Encoder:  # fmt: skip
     """Read a checkpoint that a paper's authors released, whichever it is.
@@ -41,14 +42,14 @@ def load_published(
     path : path
         KimiaNet's ``KimiaNetPyTorchWeights.pth`` (Riasatian et al. 2021), or neck and
         head of LGFFEM (Nuñez-Fernández et al. 2025), as its training scripts save them
-        or as one state dict. Nothing in it is executed.
+        or as one state dict; here or in HISTO_WEIGHTS. Nothing in it is executed.
     kind : {"kimianet", "lgffem"}, optional
         Expected; without it the names in the file tell.
     backbone : str, optional
         LGFFEM only: the frozen timm network below the neck; default: of
         `LGFFEM_BACKBONES`, the one that the checkpoint, its file name or the channels
         of its maps name. ``"maps"``: none, the network takes the four maps.
-    backbone_weights, backbone_seed : path, int, optional
+    backbone_weights, seed : path, int, optional
         LGFFEM only: see `frozen`; not used if the file holds the backbone.
     device : str
 
@@ -66,7 +67,10 @@ def load_published(
         A file that cannot be read safely, another kind than expected or no known one,
         or parameters that do not fit.
     """
-    path, given = Path(path), read_checkpoint(path)
+    path = Path(path)
+    if not path.is_file() and os.environ.get("HISTO_WEIGHTS"):
+        path = Path(os.environ["HISTO_WEIGHTS"]) / path
+    given = read_checkpoint(path)
     parts = {part: _released(given, part) for part in ("neck", "head")}
     if all(parts.values()):  # as LGFFEM's training scripts save it
         whole = [(f"{p}.{k}", v) for p, state in parts.items() for k, v in state]
@@ -92,7 +96,7 @@ def load_published(
     if found == "kimianet":
         made = _kimianet(state, path)
     else:
-        how = {"weights": backbone_weights, "seed": backbone_seed}
+        how = {"weights": backbone_weights, "seed": seed}
         made = _lgffem(state, path, backbone, config, how)
     made.network.requires_grad_(False).eval().to(device)
     return made

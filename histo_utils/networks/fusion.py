@@ -208,6 +208,25 @@ class LocalGlobalFusionNeck(nn.Module):
         return maps
 
 
+class NoNeck(nn.ModuleList):
+    """The neck without its graph: each map only brought to the neck's channels."""
+
+    def __init__(self, in_channels, channels):
+        super().__init__(Projection(c, channels) for c in in_channels)
+
+    def forward(self, maps):
+        """Return four maps (b, channels, h_i, w_i)."""
+        return [project(x) for project, x in zip(self, maps, strict=True)]
+
+
+class Means(nn.Module):
+    """A head that takes the mean of every channel of every map."""
+
+    def forward(self, maps):
+        """Return (b, channels of all maps)."""
+        return torch.cat([x.mean((2, 3)) for x in maps], 1)
+
+
 class GeM(nn.Module):
     """Generalised-mean pooling, (mean of max(x, eps)^p)^(1/p) per channel.
 
