@@ -14,6 +14,7 @@ import torchvision
 from safetensors.torch import load_file, save_file
 
 from histo_utils import encoders
+from histo_utils.encoders import published
 from histo_utils.encoders.checkpoints import fit_state
 from histo_utils.loaders import Preprocessing
 from histo_utils.networks import Joined, LocalGlobalFusionNeck, MultiScaleGeMHead
@@ -397,3 +398,58 @@ def test_somebodys_timm_model(tmp_path):
     assert row["trained at, µm/px"] == "not known"
     with pytest.raises(FileNotFoundError, match="HF_TOKEN"):
         encoders.frozen(f"local-dir:{tmp_path / 'none'}")
+
+
+def as_saved_by_the_training_scripts(**more):
+    """The golden toy in the released layout; numbers, no prefix, NumPy's best loss."""
+    golden = np.load(GOLDEN)
+    parts = {
+        f"model_{part}_state_dict": {
+            name.removeprefix(f"{part}."): torch.from_numpy(golden[name])
+            for name in golden.files
+            if name.startswith(f"{part}.")
+        }
+        for part in ("neck", "head")
+    }
+    rest = {"epoch": 499, "best_loss": np.float64(0.5), "scheduler_state_dict": None}
+    return {**parts, **rest, "loss_state_dict": {"W": torch.ones(2)}, **more}
+
+
+@pytest.mark.parametrize("loss", [0.5, np.float64(0.5), np.float32(0.5), np.int64(1)])
+def test_lgffem_as_released_gives_the_golden_embedding(loss, tmp_path):
+    path, golden = tmp_path / "FFN-EMB-KIMIA-toy-epoch499.pth", np.load(GOLDEN)
+    torch.save(as_saved_by_the_training_scripts(best_loss=loss), path)
+    encoder = encoders.load_published(path, kind="lgffem", backbone="maps")
+    maps = [torch.from_numpy(golden[f"in_P{i}"]).float() for i in range(4)]
+    np.testing.assert_allclose(vectors(encoder, maps), golden["embedding"], atol=1e-5)
+    again = encoders.load(encoders.save(encoder, tmp_path / "kept"))
+    assert again.fingerprint() == encoder.fingerprint()
+
+
+def test_lgffem_with_any_other_object_is_refused(tmp_path):
+    path, trace = tmp_path / "l.pth", tmp_path / "executed"
+    for other in (Trap(trace), Path("x"), np.array([None])):
+        torch.save(as_saved_by_the_training_scripts(best_loss=other), path)
+        with pytest.raises(ValueError, match="besides tensors and numbers"):
+            encoders.load_published(path, backbone="maps")
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "file", "channels", "name"),
+    [
+        ("cfg/convnext_tiny.json", "x.pth", "convnextv2_tiny.fcmae", "convnext_tiny"),
+        ("", "EMB-KIMIA-convnextv2_base-e499.pth", "convnext_base",
+         "convnextv2_base.fcmae"),
+        ("?", "x.pth", "regnety_320.tv2_in1k", "regnety_320.tv2_in1k"),
+    ],
+)  # fmt: skip
+def test_lgffem_backbone_by_configuration_file_name_or_maps(
+    config, file, channels, name
+):
+    maps = published.LGFFEM_BACKBONES[channels]
+    assert published._named_backbone(config, Path(file), maps) == name
+    with pytest.raises(ValueError, match=r"convnext_base or convnextv2_base\.fcmae"):
+        published._named_backbone("", Path("x"), [128, 256, 512, 1024])
+    with pytest.raises(ValueError, match="none of the published; give backbone="):
+        published._named_backbone("", Path("x"), [6, 8, 12, 16])

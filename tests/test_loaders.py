@@ -8,12 +8,14 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from scipy.ndimage import median_filter
 from torch import nn
 
 from histo_utils import catalog, patches
 from histo_utils.loaders import (
     BatchOrder,
     CachedMaps,
+    MedianBlur,
     PatchDataset,
     Preprocessing,
     Resized,
@@ -270,3 +272,10 @@ def test_resized_copies_as_jpeg_and_what_is_refused(tmp_path, table):
         how = {"size": 64, "interpolation": "bicubic", "folder": tmp_path} | wrong
         with pytest.raises(ValueError, match="expected 1 px or more"):
             resized_once(table, **how)
+
+
+@pytest.mark.parametrize("side", [3, 5])
+def test_median_blur_is_scipys(side):
+    image = np.random.default_rng(0).integers(0, 256, (3, 17, 12), np.uint8)
+    expected = median_filter(image, (1, side, side), mode="mirror")
+    assert np.array_equal(MedianBlur(side)(torch.from_numpy(image)), expected)
