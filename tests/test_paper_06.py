@@ -52,7 +52,7 @@ def test_the_test_set_is_found_in_its_own_folder_or_beside_the_training_set(
 def test_two_steps_of_the_paper_profile(tmp_path, monkeypatch):
     monkeypatch.setenv("HISTO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HISTO_DATA", str(tmp_path))
-    place = nct_crc(tmp_path, n_train=3, n_test=2)
+    place = nct_crc(tmp_path, n_train=3, n_test=5)  # five folds by class
     (tmp_path / "crc_val_he_7k").mkdir()
     (place / "CRC-VAL-HE-7K").rename(tmp_path / "crc_val_he_7k" / "CRC-VAL-HE-7K")
     text = (ROOT / "profiles" / "paper" / f"{EXPERIMENT}.yaml").read_text("utf8")
@@ -67,9 +67,9 @@ def test_two_steps_of_the_paper_profile(tmp_path, monkeypatch):
         parameters=yaml.safe_load(text) | small, progress_bar=False, cwd=str(ROOT),
     )  # fmt: skip
     found = json.loads((tmp_path / "found.json").read_text())
-    sizes = {"train": 17, "validation": 10, "gallery": 27, "test": 18}
+    sizes = {"train": 17, "validation": 10, "gallery": 27, "test": 45}
     assert found["sizes"] == {"organ, split 0": sizes}
-    # 18 images are no patients: none is counted, and nothing has an interval
+    # 45 images are no patients: none is counted, and nothing has an interval
     assert found["unit"] == "images; patients unknown"
     lines = [*found["scores"].values(), *found["differences"].values()]
     lines += [x for of in found["recalls"].values() for x in of.values()]
@@ -87,7 +87,7 @@ def test_two_steps_of_the_paper_profile(tmp_path, monkeypatch):
     assert tuple(counts) == NCT_CLASSES
     right = [row.get(name, 0) / sum(row.values()) for name, row in counts.items()]
     score = found["scores"]["organ, logistic regression, FTX"]
-    assert score["seeds"][0] == pytest.approx(np.mean(right)) and score["queries"] == 18
+    assert score["seeds"][0] == pytest.approx(np.mean(right)) and score["queries"] == 45
     # the paper's table: folds of the test images, and the training set's classifier
     reported = found["reported"]
     assert len(reported) == 4
