@@ -86,7 +86,7 @@ def marker(name):
 
 def parameters(experiment):
     path = Path("profiles/paper", f"{experiment}.yaml")
-    return yaml.safe_load(path.read_text("utf8")) or {}
+    return (path.exists() and yaml.safe_load(path.read_text("utf8"))) or {}
 
 
 def data_of(experiment):
@@ -126,7 +126,8 @@ def missing(name):
     """Say what is not there of a data set or a path; an empty list if all is."""
     if name in LAYOUTS:
         return [folders[0] for folders, found in sources(name).items() if not found]
-    places = data_folder() / name, converted_folder(name), Path(name)
+    weights = Path(os.environ.get("HISTO_WEIGHTS") or "weights")  # of authors
+    places = data_folder() / name, converted_folder(name), Path(name), weights / name
     there = any(p.is_file() or (p.is_dir() and any(p.iterdir())) for p in places)
     return [] if there else [name]
 
@@ -141,11 +142,19 @@ def can_run(experiment):
 
 
 def before(experiment):
-    """List the experiments that must run first: of the same name, else all."""
+    """List the experiments that must run first.
+
+    Those that `encoder` names by experiment or data set, else of the same name, else
+    all of the chapter that trains.
+    """
     chapter, _, own = experiment.partition(".")
-    number = BEFORE.get(chapter[:2])
+    number, encoder = BEFORE.get(chapter[:2]), parameters(experiment).get("encoder")
     found = [one for one in names("paper") if number and one.startswith(number)]
-    return [one for one in found if one.partition(".")[2] == own] or found
+    for wanted in filter(None, (encoder, own)):
+        of = {one: (one.partition(".")[2], parameters(one)["dataset"]) for one in found}
+        if named := [one for one in found if wanted in of[one]]:
+            return named
+    return found
 
 
 def advice(name):
