@@ -177,6 +177,7 @@ def test_folders_without_slides(tmp_path):
         slide_table(tmp_path)
 
 
+@pytest.mark.slow
 def test_phantoms_become_a_patch_table(phantoms):
     folder, slides = phantoms
     table = patch_table(folder, size=512)

@@ -63,6 +63,7 @@ def archive_bytes(out):
     return [(out / "archive" / name).read_bytes() for name in FILES]
 
 
+@pytest.mark.slow
 def test_the_archive_holds_the_vectors_of_the_mosaics(folder, index, weights):
     done = index()
     archive = load_embeddings(done.archive)
@@ -96,6 +97,7 @@ def test_the_archive_holds_the_vectors_of_the_mosaics(folder, index, weights):
     assert "TCGA-AB-0001" in done.atlas.read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_slides_come_and_go(folder, index, tmp_path):
     out = tmp_path / "out"
     spare = (folder / f"{NAMES[2]}.tif").rename(tmp_path / "spare.tif")
@@ -122,6 +124,7 @@ def test_slides_come_and_go(folder, index, tmp_path):
     assert NAMES[2] not in removed.atlas.read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_what_a_slide_was_made_with_decides(folder, index, weights, tmp_path):
     index()
     other = tmp_path / "other.safetensors"

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 
@@ -26,6 +27,7 @@ def test_the_example_runs_and_gives_what_it_says():
     torch.testing.assert_close(vectors[:, 64:], tokens[:, 1:].mean(1))
 
 
+@pytest.mark.slow
 def test_dimensions_inputs_and_licences_are_those_of_the_code():
     for name, row in (
         ("vgg16.tv_in1k", "VGG16"),

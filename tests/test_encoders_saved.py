@@ -235,6 +235,7 @@ def as_kimianet(network):
     return {f"module.model.0.{k}": v for k, v in names.items()} | head
 
 
+@pytest.mark.slow
 def test_kimianet_gives_torchvisions_features_without_the_relu(densenet, tmp_path):
     path = tmp_path / "KimiaNetPyTorchWeights.pth"
     torch.save(as_kimianet(densenet), path)

@@ -57,6 +57,7 @@ def test_a_wrong_beginning_is_refused():
         train_only(on_meta("vgg16"), ["block5."])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "side", "stage"),
     [("mobilenetv2_035", 64, 0), ("mobilenetv2_035", 64, 3), ("mobilenetv2_035", 64, 7),

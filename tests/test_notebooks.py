@@ -158,6 +158,7 @@ def run_tool(folder, *words):
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_misspelt_parameter_is_refused_with_the_nearest_name(tmp_path):
     tiny_notebook(tmp_path)
     (tmp_path / "profiles/tissue/01_tiny.yaml").write_text("mmp: 0.25\n")
@@ -177,6 +178,7 @@ def test_misspelt_chapter_or_profile_is_refused(tmp_path, words, near):
     assert status == 1 and f"did you mean: {near}" in said
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_copy_that_says_what_made_it(tmp_path):
     tiny_notebook(tmp_path)
     (tmp_path / "profiles/tissue/01_tiny.yaml").write_text("mpp: 0.25\n")
@@ -190,6 +192,7 @@ def test_a_run_leaves_a_copy_that_says_what_made_it(tmp_path):
     assert copy["cells"][-1]["outputs"][0]["text"] == ["0.25\n"]
 
 
+@pytest.mark.slow
 def test_a_failed_run_keeps_a_copy_under_another_name(tmp_path):
     tiny_notebook(tmp_path, code="raise ValueError('no tissue')")
     status, said = run_tool(tmp_path, "01_tiny")

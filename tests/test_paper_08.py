@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import papermill
+import pytest
 import yaml
 from miniatures import path24c
 
@@ -11,6 +12,7 @@ CHAPTER = "08_feature_fusion_neck"
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_two_steps_of_the_paper_profile(tmp_path, monkeypatch):
     """All of the chapter, its own augmentation and loop; only sizes are small."""
     monkeypatch.setenv("HISTO_CACHE", str(tmp_path / "cache"))

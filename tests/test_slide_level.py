@@ -75,6 +75,7 @@ def test_no_model_sees_the_statuses_that_it_predicts():
         assert not np.allclose(before["score"][~own], after["score"][~own])  # did learn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("predict", [predict_value, predict_status])
 def test_scale_comes_from_the_training_part(predict):
     """One test row made enormous changes no other row of its fold."""
@@ -176,6 +177,7 @@ def test_same_seed_same_predictions_and_order_of_rows():
     assert not predict_value(x, y, PATIENTS, seed=4, **FEW)["fold"].equals(a["fold"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("predict", [predict_value, predict_status])
 def test_a_fold_is_predicted_by_its_own_vectors_alone(predict):
     rng = np.random.default_rng(8)

@@ -34,6 +34,7 @@ def same_weights(a, b):
     )
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_gives_the_same_weights_to_the_bit(tmp_path):
     whole = run(tmp_path / "whole")
     folder = tmp_path / "killed"
