@@ -220,9 +220,10 @@ def _contents(table, rows, outcomes, options):
             "label": labels.index(patch["label"]),
             "um": None if pd.isna(side) else round(float(side), 2),
         }
-        for name in {"slide", "patient", "preparation"} & set(table):
-            told = not pd.isna(patch[name])
-            patches[row][name] = str(patch[name]) if told else None
+        for name in ("slide", "patient", "preparation"):
+            if name in table:
+                told = not pd.isna(patch[name])
+                patches[row][name] = str(patch[name]) if told else None
     return {
         "archive": {"patches": len(table), "patients": table["patient"].nunique()},
         "labels": [{"name": str(n), "colour": colour_of(n)} for n in labels],

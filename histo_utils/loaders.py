@@ -233,7 +233,7 @@ def training_batches(
     order = BatchOrder(codes, batch_size, per_class, steps, seed)
     return DataLoader(
         _Labelled(data, rows, codes), batch_sampler=order, num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.device_count() > 0,  # is_available would forbid forks
     )  # fmt: skip
 
 

@@ -4,7 +4,8 @@ All are dense: every pair of the batch is looked at, the pair of an item with it
 left out by its index. (The released code, easonyang1996/DML_HistoImgRetrieval at commit
 9b01805, leaves it out by ``similarity < 1``; floating point then keeps some self-pairs
 and drops true duplicates.) Where no anchor of the batch counts, the loss is 0 with a
-gradient of 0. Half precision is computed in float32.
+gradient of 0. Half precision is computed in float32. ``pairwise`` says that a loss sees
+the pairs of one batch, so that `training.fit` refuses to accumulate its batches.
 """
 
 from itertools import combinations

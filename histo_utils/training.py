@@ -231,8 +231,10 @@ def _trained_names(network):
 
 
 def _frozen(network, trained):
-    state = network.state_dict()
-    return digest({name: state[name] for name in state if name not in set(trained)})
+    """Hash of what a checkpoint leaves out."""
+    kept = set(trained)
+    whole = network.state_dict().items()
+    return digest({name: tensor for name, tensor in whole if name not in kept})
 
 
 def _check_seed(settings, seed):
@@ -289,10 +291,10 @@ def _channels_last(inputs):
 
 
 def _patience_ended(history, patience):
-    if patience is None or not history:
+    best = [row["epoch"] for row in history if row["best"]]
+    if patience is None or not best:  # none before the first validation
         return False
-    best = max(row["epoch"] for row in history if row["best"])
-    return history[-1]["epoch"] - best >= patience
+    return history[-1]["epoch"] - best[-1] >= patience
 
 
 def _bad(what, value, epoch, step, last):

@@ -278,3 +278,11 @@ def test_validation_every_second_epoch_and_after_the_last(tmp_path):
         0.2,
     ]
     assert fitted.history["best"].tolist() == [False, True, False, False, False]
+    # patience counts from the first validated epoch on
+    network, optimizer = classifier()
+    scores = iter([0.3, 0.1, 0.2])
+    fitted = fit_classifier(
+        network, optimizer, tmp_path / "patient", epochs=9, patience=1,
+        validate=lambda n: next(scores), validate_every=2,
+    )  # fmt: skip
+    assert fitted.history["epoch"].tolist() == [1, 2, 3]
