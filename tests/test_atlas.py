@@ -88,6 +88,8 @@ def test_page_holds_what_the_search_found(pair, tmp_path):
         assert (patch["slide"], patch["patient"]) == (line["slide"], line["patient"])
         assert patch["preparation"] == ("FFPE" if int(row) < 27 else None)
         assert patch["um"] == 20.0
+        # in one order, whatever Python's hash seed: the page is the same to the byte
+        assert [*patch][:5] == ["label", "um", "slide", "patient", "preparation"]
     assert data["archive"] == {"patches": 54, "patients": 6}
     pair["one"].table.loc[3, "patient"] = None  # a missing patient stays missing
     page = atlas(pair["one"], page, k=5, exclude="slide", thumbnail=16, progress=False)
